@@ -1,0 +1,135 @@
+"""``sft-job check``: everything that can be known before a GPU is booked, with the exit codes of ``train``."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from sft_job.config.load import origins_text, run_folder
+from sft_job.config.resolve import Resolution, resolve
+from sft_job.config.schema import JobConfig
+from sft_job.config.topology import count_gpus
+from sft_job.contract import ExitCode
+from sft_job.data.files import check_data
+from sft_job.data.sample import check_sample
+from sft_job.data.spec import CacheSpec, cache_spec
+from sft_job.errors import JobError, Problem, ProblemsError, problems_text, worst_code
+
+SAMPLE_ROWS = 1000
+ALL_ROWS = sys.maxsize
+_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
+_STATES = 3
+"""Weights and AdamW's two moments, in the same dtype."""
+
+
+def check_job(
+    config_arg: str | None, overrides: Sequence[str], environ: Mapping[str, str], *, full: bool = False
+) -> int:
+    """Look at settings, data files, template, a sample of the rows and the disk; no weights are read.
+
+    Args:
+        config_arg: config file, None = by the environment.
+        overrides: ``key=value``.
+        environ: environment variables.
+        full: render every row instead of a sample.
+
+    Returns:
+        The exit code that ``train`` would end with for what was looked at.
+    """
+    console = Console()
+    resolution = resolve(config_arg, overrides, environ, count_gpus(environ))
+    problems = list(resolution.problems)
+    loaded = resolution.loaded
+    if loaded.readable:
+        console.print(origins_text(loaded), markup=False, highlight=False)
+        for line in (*loaded.mappings, *loaded.ignored):
+            console.print(f"note: {line}", markup=False, highlight=False)
+        if loaded.config.data.train_files:
+            problems += check_data(loaded.config)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    if not problems:
+        table.add_row("layout", _layout_text(resolution))
+        for split in ("train", "val"):
+            problems += _check_split(loaded.config, split, table, full)
+        problems += _check_disk(resolution, table)
+        console.print(table)
+    for line in resolution.warnings:
+        console.print(f"warning: {line}", markup=False, highlight=False)
+    if problems:
+        sys.stderr.write(problems_text(problems) + "\n")
+        return worst_code(problems)
+    console.print("ready to train", highlight=False)
+    return ExitCode.DONE
+
+
+def _layout_text(resolution: Resolution) -> str:
+    world, ulysses = resolution.topology.world, resolution.loaded.config.ulysses_sequence_parallel_size
+    model = resolution.model
+    kind = f", {model.model_type}: {model.num_hidden_layers} blocks" if model else ""
+    return f"{world} ranks = {world // ulysses} data-parallel x {ulysses} ulysses{kind}"
+
+
+def _check_split(config: JobConfig, split: str, table: Table, full: bool) -> list[Problem]:
+    try:
+        spec = cache_spec(config, split)  # type: ignore[arg-type]
+        if spec is None:
+            table.add_row(split, "none")
+            return []
+        counts, notes, problems = check_sample(spec, ALL_ROWS if full else SAMPLE_ROWS)
+    except ProblemsError as error:
+        return list(error.problems)
+    except JobError as error:
+        return [Problem(error.code, split, str(error))]
+    table.add_row(
+        split,
+        f"{len(spec.files):,} files; of {counts.rows_read:,} rows looked at: longest {counts.longest_row:,} tokens, "
+        f"{counts.rows_truncated:,} truncated, {counts.rows_without_target:,} without a token to train on",
+    )
+    if split == "train":
+        for note in notes:
+            table.add_row("template", note)
+        if counts.rows_read and not counts.rows_usable and not problems:
+            problems.append(_nothing_usable(spec, counts.rows_read))
+    return problems
+
+
+def _nothing_usable(spec: CacheSpec, rows: int) -> Problem:
+    rule = f"none of {rows:,} rows looked at has a token to train on within data.max_length = {spec.max_length:,}"
+    return Problem(ExitCode.DATA, spec.files_option, rule, "raise data.max_length, or set data.truncation=left")
+
+
+def _check_disk(resolution: Resolution, table: Table) -> list[Problem]:
+    """Room for the token cache, one checkpoint beside the one it replaces, and the export."""
+    config, model = resolution.loaded.config, resolution.model
+    run = run_folder(config)
+    there = next(parent for parent in (run.root, *run.root.parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    size = _BYTES[config.model.fsdp_config.model_dtype]
+    parameters = model.parameters if model else 0
+    checkpoint, export = parameters * size * _STATES, parameters * size
+    # Ids take 4 bytes each; a token is seldom shorter than 2 bytes of text, compressed parquet about as long.
+    cache = 4 * _data_bytes(config)
+    needed = 2 * checkpoint + export + cache
+    table.add_row(
+        "disk",
+        f"{_gib(free)} free at {there}; needed about {_gib(needed)}: two checkpoints of {_gib(checkpoint)}, "
+        f"export {_gib(export)}, token cache {_gib(cache)}",
+    )
+    if needed <= free:
+        return []
+    rule = f"{there} has {_gib(free)} free, the run needs about {_gib(needed)}"
+    return [Problem(ExitCode.CANNOT_CREATE, "disk", rule, "free space, or another CHECKPOINT_DIR")]
+
+
+def _data_bytes(config: JobConfig) -> int:
+    specs = (cache_spec(config, "train"), cache_spec(config, "val"))
+    return sum(Path(file).stat().st_size for spec in specs if spec for file in spec.files)
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:,.1f} GiB"

@@ -1,0 +1,144 @@
+"""Where a run begins: afresh, at a checkpoint, or nowhere because it is done. Torch-free; only rank 0 looks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from sft_job.checkpoint.folder import newest_whole, published
+from sft_job.checkpoint.state import Changes, RunState, compare_config, read_state
+from sft_job.config.schema import JobConfig
+from sft_job.contract import ExitCode, RunFolder
+from sft_job.errors import JobError, Problem, ProblemsError
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        checkpoint: folder to go on from; None = afresh.
+        state: its state.
+        finished: the run in this folder is done and nothing was changed that would give it more to do.
+        notes: what to tell the user.
+    """
+
+    checkpoint: Path | None = None
+    state: RunState | None = None
+    finished: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps already done."""
+        return 0 if self.state is None else self.state.step
+
+
+def model_fingerprint(folder: Path) -> str:
+    """SHA-256 of what the model's config.json says, whatever its layout; '' where it cannot be read."""
+    try:
+        parsed = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    return sha256(json.dumps(parsed, sort_keys=True).encode()).hexdigest()
+
+
+def find_start(config: JobConfig, run: RunFolder) -> Start:
+    """Decide where the run begins, by ``trainer.resume_mode`` and what the run folder holds.
+
+    A checkpoint of the run folder itself comes before ``resume_path``: a run that was started from elsewhere and
+    then interrupted goes on from its own work.
+
+    Raises:
+        JobError: 74 where there are checkpoints but none is usable.
+        ProblemsError: 2 where the settings differ from the checkpoint's, or resume_mode forbids to go on.
+    """
+    own = published(run)
+    mode = config.trainer.resume_mode
+    if mode == "disable":
+        if own:
+            raise ProblemsError([_problem_disabled(own[-1], run)])
+        return Start()
+    notes: list[str] = []
+    folder: Path | None = None
+    if own:
+        folder, notes = newest_whole(own)
+        if folder is None:
+            raise JobError(ExitCode.NO_CHECKPOINT, "no checkpoint of this run is usable:\n" + "\n".join(notes))
+    elif config.trainer.resume_path is not None:
+        path = Path(config.trainer.resume_path)
+        folder, damaged = newest_whole([path])
+        if folder is None:
+            raise JobError(ExitCode.NO_CHECKPOINT, f"trainer.resume_path is not usable: {damaged[0]}")
+    if folder is None:
+        return Start()
+    state = read_state(folder)
+    changes = compare_config(state, config)
+    _refuse(changes, state, config, folder)
+    notes += [f"changed since the checkpoint: {change}" for change in (*changes.longer, *changes.safe)]
+    finished = run.final.exists() and state.step >= state.total_steps and not changes.longer
+    return Start(folder, state, finished, tuple(notes))
+
+
+def _refuse(changes: Changes, state: RunState, config: JobConfig, folder: Path) -> None:
+    problems = [
+        Problem(
+            ExitCode.CONFIG,
+            change.key,
+            f"the checkpoint {folder.name} was made with {change.old!r}",
+            f"set it back, name it in trainer.allow_changed=[{change.key}], or choose another run folder",
+            value=change.new,
+        )
+        for change in changes.refused
+    ]
+    model = config.model.partial_pretrain
+    if (
+        model is not None
+        and state.model != model_fingerprint(Path(model))
+        and "model.partial_pretrain" not in (config.trainer.allow_changed)
+    ):
+        problems.append(
+            Problem(
+                ExitCode.CONFIG,
+                "model.partial_pretrain",
+                f"its config.json differs from the one that {folder.name} was trained with",
+                "give the same base model, or choose another run folder",
+                value=model,
+            )
+        )
+    if problems:
+        raise ProblemsError(problems)
+
+
+def refuse_other_data(start: Start, fingerprint: str, config: JobConfig) -> None:
+    """Refuse to go on with other training rows, another tokenizer or another template than the checkpoint's.
+
+    Raises:
+        ProblemsError: exit code 2.
+    """
+    if start.state is None or start.state.data == fingerprint or "data.train_files" in config.trainer.allow_changed:
+        return
+    raise ProblemsError(
+        [
+            Problem(
+                ExitCode.CONFIG,
+                "data.train_files",
+                "the content of the training files, the tokenizer or the chat template differs from what "
+                f"{start.checkpoint} was trained with",
+                "give the same data, name data.train_files in trainer.allow_changed, or choose another run folder",
+                value=config.data.train_files,
+            )
+        ]
+    )
+
+
+def _problem_disabled(newest: Path, run: RunFolder) -> Problem:
+    return Problem(
+        ExitCode.CONFIG,
+        "trainer.resume_mode",
+        f"the run folder {run.root} already holds {newest.name}, and starting over would mix two runs",
+        "use resume_mode: auto to go on, or another CHECKPOINT_DIR to start over",
+        value="disable",
+    )

@@ -1,0 +1,189 @@
+"""``state.json``: where a run stood when it saved, and what may differ when it goes on. Torch-free."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sft_job.config.schema import JobConfig
+
+STATE_FILE = "state.json"
+
+# A run may go on with these changed: they say how it runs and what it shows, not what it computes.
+SAFE_KEYS = frozenset(
+    {
+        "data.train_files",  # paths only: their content is compared
+        "data.val_files",
+        "data.val_max_samples",
+        "data.cache_dir",
+        "data.num_workers",
+        "data.use_shm",
+        "data.micro_batch_size",
+        "data.micro_batch_size_per_gpu",
+        "data.use_dynamic_bsz",
+        "data.max_token_len_per_gpu",
+        "data.balance_dp_token",
+        "use_remove_padding",
+        "ulysses_sequence_parallel_size",
+        "model.partial_pretrain",  # the path only: its config is compared, the weights are the checkpoint's
+        "model.init",
+        "model.use_shm",
+        "model.strategy",
+        "model.use_liger",
+        "model.enable_gradient_checkpointing",
+        "model.fsdp_config.wrap_policy.min_num_params",
+        "model.fsdp_config.reshard_after_forward",
+        "model.fsdp_config.cpu_offload",
+        "model.fsdp_config.offload_params",
+        "trainer.default_local_dir",
+        "trainer.default_hdfs_dir",
+        "trainer.resume_mode",
+        "trainer.resume_path",
+        "trainer.project_name",
+        "trainer.experiment_name",
+        "trainer.logger",
+        "trainer.log_freq",
+        "trainer.save_freq",
+        "trainer.test_freq",
+        "trainer.nnodes",
+        "trainer.n_gpus_per_node",
+        "trainer.max_ckpt_to_keep",
+        "trainer.checkpoint.save_contents",
+        "trainer.allow_changed",
+        "trainer.timeout_seconds",
+        "trainer.deterministic",
+    }
+)
+
+# A run may be made longer; its learning rate then follows the new horizon.
+LENGTH_KEYS = ("trainer.total_epochs", "trainer.total_training_steps")
+
+
+@dataclass(frozen=True)
+class RunState:
+    """A run after ``step`` optimizer steps.
+
+    The row order, the learning rate and every random number are functions of the seed, the step and the rank, so
+    the step is the whole position: nothing else has to be restored.
+
+    Attributes:
+        step: optimizer steps done.
+        total_steps: steps of the whole run, by the config it was saved under.
+        epoch: epochs begun, as a number from 0.
+        rows_done: rows of that epoch that were used.
+        tokens: real tokens trained on so far.
+        supervised_tokens: those of them that had a loss.
+        loss: training loss of the last step.
+        world: ranks that saved it.
+        ulysses: size of their Ulysses groups.
+        data: fingerprint of the training rows' content, tokenizer and template.
+        model: fingerprint of the model's config.
+        config: the settings, flat: full path -> value.
+        kept: made by ``save_freq`` or at the end; otherwise at a stop.
+        rng: how random numbers come about.
+        version: of sft_job.
+    """
+
+    step: int
+    total_steps: int
+    epoch: int
+    rows_done: int
+    tokens: int
+    supervised_tokens: int
+    loss: float | None
+    world: int
+    ulysses: int
+    data: str
+    model: str
+    config: dict[str, Any]
+    kept: bool
+    version: str
+    rng: str = field(default="torch: function of (trainer.seed, step, rank)")
+
+    def to_json(self) -> str:
+        """The text of ``state.json``."""
+        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True)
+
+
+def read_state(folder: Path) -> RunState:
+    """Read a checkpoint's state.
+
+    Raises:
+        OSError: there is none.
+        ValueError: it is not what this version writes.
+    """
+    try:
+        return RunState(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
+    except TypeError as error:
+        raise ValueError(f"{folder / STATE_FILE}: {error}") from error
+
+
+def flat_config(config: JobConfig) -> dict[str, Any]:
+    """All settings by their full path, in values that JSON keeps as they are."""
+    return dict(_flatten("", dataclasses.asdict(config)))
+
+
+def _flatten(prefix: str, tree: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(f"{prefix}{key}.", value)
+        else:
+            yield f"{prefix}{key}", value
+
+
+@dataclass(frozen=True)
+class Change:
+    """One setting that differs from the checkpoint's."""
+
+    key: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.old!r} in the checkpoint, {self.new!r} now"
+
+
+@dataclass(frozen=True)
+class Changes:
+    """How the settings differ from those of a checkpoint.
+
+    Attributes:
+        refused: a run with these is another run.
+        longer: the run was made longer.
+        safe: of no consequence for what is computed, or allowed by ``trainer.allow_changed``.
+    """
+
+    refused: tuple[Change, ...]
+    longer: tuple[Change, ...]
+    safe: tuple[Change, ...]
+
+
+def compare_config(saved: RunState, config: JobConfig) -> Changes:
+    """Sort every difference between a checkpoint's settings and the present ones."""
+    now = flat_config(config)
+    allowed = set(config.trainer.allow_changed)
+    refused: list[Change] = []
+    longer: list[Change] = []
+    safe: list[Change] = []
+    for key in sorted(now.keys() | saved.config.keys()):
+        change = Change(key, saved.config.get(key), now.get(key))
+        if change.old == change.new:
+            continue
+        if key in LENGTH_KEYS and _is_longer(change):
+            longer.append(change)
+        elif key in SAFE_KEYS or any(key == name or key.startswith(f"{name}.") for name in allowed):
+            safe.append(change)
+        else:
+            refused.append(change)
+    return Changes(tuple(refused), tuple(longer), tuple(safe))
+
+
+def _is_longer(change: Change) -> bool:
+    # total_training_steps: null means "by total_epochs", which is never shorter than a number that was reached.
+    if change.new is None:
+        return True
+    return change.old is not None and change.new > change.old

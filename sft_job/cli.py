@@ -1,0 +1,126 @@
+"""The command ``sft-job``."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sft_job import __version__
+from sft_job.contract import ExitCode
+from sft_job.errors import JobError
+from sft_job.version import commit
+
+app = typer.Typer(
+    help="Supervised fine-tuning of language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="A config file (else $CONFIG_PATH/$CONFIG_NAME), then settings as key=value.", show_default=False
+    ),
+]
+
+
+def split_settings(given: list[str] | None) -> tuple[str | None, list[str]]:
+    """The config file, if the first word is one, and the overrides."""
+    words = list(given or [])
+    if words and "=" not in words[0]:
+        return words[0], words[1:]
+    return None, words
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sft-job {__version__} (commit {commit(os.environ) or 'unknown'})")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show version and commit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Supervised fine-tuning of language models."""
+
+
+@app.command()
+def train(
+    settings: Settings = None,
+    check: Annotated[bool, typer.Option("--check", help="Only look at everything; see `sft-job check`.")] = False,
+) -> None:
+    """Train: what the image's entry point runs on each node."""
+    config, overrides = split_settings(settings)
+    if check:
+        from sft_job.check import check_job  # noqa: PLC0415  a command loads only what it needs
+
+        raise typer.Exit(check_job(config, overrides, os.environ))
+    from sft_job.supervisor import Supervisor  # noqa: PLC0415
+
+    raise typer.Exit(Supervisor(Console(), os.environ).train(config, overrides))
+
+
+@app.command("check")
+def check_command(
+    settings: Settings = None,
+    full: Annotated[bool, typer.Option("--full", help="Render every row instead of 1,000.")] = False,
+) -> None:
+    """Look at config, data files, template and disk before a GPU is booked; the same exit codes as train."""
+    from sft_job.check import check_job  # noqa: PLC0415
+
+    config, overrides = split_settings(settings)
+    raise typer.Exit(check_job(config, overrides, os.environ, full=full))
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder (global_step_N) or a run folder.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp32 or fp64; default: as trained.")] = None,
+    base: Annotated[Path | None, typer.Option(help="Base model folder, if it has moved.")] = None,
+) -> None:
+    """Write a checkpoint as a folder that Transformers loads."""
+    from sft_job.export import export_checkpoint  # noqa: PLC0415  imports torch
+
+    try:
+        export_checkpoint(checkpoint, output, dtype, base)
+    except JobError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(error.code) from error
+    typer.echo(f"wrote {output}")
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Folder for all that the demo makes; replaced.")] = Path("demo-run"),
+) -> None:
+    """Make graph problems and a small model, train it on two CPU ranks, show what it learned."""
+    from sft_job.demo.run import run_demo  # noqa: PLC0415  imports torch
+
+    raise typer.Exit(run_demo(folder))
+
+
+def main() -> None:
+    """Entry point; whatever is not foreseen ends with 1, a line, and its traceback in a file."""
+    try:
+        app(prog_name="sft-job")
+    except Exception as error:
+        with tempfile.NamedTemporaryFile("w", prefix="sft_job_bug_", suffix=".log", delete=False) as log:
+            traceback.print_exc(file=log)
+        typer.echo(f"a bug in sft_job: {type(error).__name__}: {error}\n    its traceback: {log.name}", err=True)
+        sys.exit(ExitCode.BUG)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""What every key of the YAML does, or why it does nothing; old and other names of keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, cast
+
+from sft_job.config.fields import leaf_fields
+
+
+@dataclass(frozen=True)
+class KeyEffect:
+    """What a key does: exactly one of the three is set.
+
+    Attributes:
+        effect: what the job does with it.
+        ignored: why the job accepts it and does nothing with it.
+        refused: what it will do; this version refuses any value but the default.
+    """
+
+    effect: str = ""
+    ignored: str = ""
+    refused: str = ""
+
+
+@dataclass(frozen=True)
+class Alias:
+    """Another name of a key.
+
+    Attributes:
+        target: full path of the key that it means.
+        unset: values of the other name that mean "not set".
+    """
+
+    target: str
+    unset: tuple[Any, ...] = (None,)
+
+
+ALIASES: Mapping[str, Alias] = MappingProxyType(
+    {
+        "data.micro_batch_size": Alias("data.micro_batch_size_per_gpu"),
+        "model.path": Alias("model.partial_pretrain"),
+        "optim.lr_warmup_steps": Alias("optim.warmup_steps", unset=(None, 0, -1)),
+        "optim.lr_warmup_steps_ratio": Alias("optim.warmup_steps_ratio"),
+        "trainer.resume_from_path": Alias("trainer.resume_path"),
+    }
+)
+"""Other name -> key. A new name is one line here."""
+
+FRAGMENTS: Mapping[str, str] = MappingProxyType(
+    {
+        "multiturn": "data.multiturn",
+        "lora_rank": "model.lora_rank",
+        "lora_alpha": "model.lora_alpha",
+        "target_modules": "model.target_modules",
+        "fsdp_config": "model.fsdp_config",
+    }
+)
+"""Keys that the SFT guide shows without their parent -> full path."""
+
+_DOES: Mapping[str, str] = {
+    "data.train_batch_size": "rows of one optimizer step, over all ranks; the last step of an epoch may have fewer",
+    "data.micro_batch_size_per_gpu": "rows that a Ulysses group works on at once; the result does not depend on it",
+    "data.use_dynamic_bsz": "fills micro-batches by tokens instead of rows",
+    "data.max_token_len_per_gpu": "tokens of a micro-batch per rank, with use_dynamic_bsz",
+    "data.train_files": "parquet to train on: a file, a folder, a glob pattern or a list of these; must be set",
+    "data.val_files": "parquet to validate on; null = no validation",
+    "data.train_max_samples": "uses only the first rows of the training files; -1 = all",
+    "data.val_max_samples": "uses only the first rows of the validation files; -1 = all",
+    "data.prompt_key": "column of the prompt; several are joined by a line break",
+    "data.response_key": "column of the response; several are joined by a line break",
+    "data.prompt_dict_keys": "path into a prompt column that holds structs",
+    "data.response_dict_keys": "path into a response column that holds structs",
+    "data.multiturn.messages_key": "column of messages, with multiturn.enable",
+    "data.multiturn.tools_key": "column of tools, with multiturn.enable",
+    "data.multiturn.enable_thinking_key": "column that switches thinking row by row, with multiturn.enable",
+    "data.max_length": "longest row in tokens; nothing is padded to it",
+    "data.truncation": "what happens to a longer row: error (exit 65), left (its start is cut), right (its end is cut)",
+    "data.apply_chat_template_kwargs": "extra variables for the chat template",
+    "data.custom_cls.name": "class in custom_cls.path",
+    "data.cache_dir": "folder of the token cache; null = cache/ in the run folder",
+    "data.num_workers": "processes that tokenise; null = the cores this process may use",
+    "model.partial_pretrain": "folder of the base model and its tokenizer; must be set",
+    "model.init": "pretrained = reads the weights; random = draws them from trainer.seed",
+    "model.fsdp_config.model_dtype": "dtype of weights and optimizer states: bf16, fp32 or fp64",
+    "model.fsdp_config.dtype": "dtype of the computation; null = bf16 on CUDA, model_dtype on CPU",
+    "model.fsdp_config.reshard_after_forward": "frees a block's gathered weights after its forward",
+    "model.enable_gradient_checkpointing": "recomputes decoder blocks in the backward to save memory",
+    "model.trust_remote_code": "runs Python code that the model folder brings",
+    "model.lora_alpha": "scale of the LoRA adapters, with lora_rank > 0",
+    "model.target_modules": "modules that get LoRA adapters, with lora_rank > 0",
+    "optim.lr": "peak learning rate",
+    "optim.betas": "AdamW's decay rates",
+    "optim.eps": "AdamW's epsilon",
+    "optim.weight_decay": "AdamW's decoupled weight decay, on every trained weight",
+    "optim.warmup_steps_ratio": "share of all steps over which the rate rises",
+    "optim.warmup_steps": "the same in steps; wins over the ratio",
+    "optim.clip_grad": "largest global gradient norm; 0 = no clipping",
+    "optim.lr_scheduler": "cosine, wsd (stable, then down over the last tenth) or constant",
+    "optim.min_lr_ratio": "share of the peak rate at which cosine and wsd end",
+    "ulysses_sequence_parallel_size": "ranks that share each sequence",
+    "use_remove_padding": "packs the rows of a micro-batch into one sequence; false = one row a forward pass",
+    "trainer.default_local_dir": "run folder, where the environment does not set CHECKPOINT_DIR",
+    "trainer.resume_mode": "auto = newest checkpoint of the run folder; disable; resume_path",
+    "trainer.resume_path": "checkpoint folder global_step_N to start from",
+    "trainer.project_name": "project in wandb",
+    "trainer.experiment_name": "name of the run in wandb",
+    "trainer.total_epochs": "passes over the training rows",
+    "trainer.total_training_steps": "ends after this many steps, the learning rate with it; null = by total_epochs",
+    "trainer.logger": "console and wandb; metrics.jsonl is always written",
+    "trainer.seed": "drives row order, dropout and random initialisation",
+    "trainer.save_freq": "steps between kept checkpoints; -1 = only the last one",
+    "trainer.test_freq": "steps between validations, or after_each_epoch; -1 = only at the end",
+    "trainer.max_ckpt_to_keep": "kept checkpoints, the newest ones; null = all",
+    "trainer.checkpoint.save_contents": "any of model, optimizer, extra, hf_model",
+    "trainer.log_freq": "steps between logged lines",
+    "trainer.allow_changed": "keys that may differ from the checkpoint's when a run goes on",
+    "trainer.timeout_seconds": "a collective that takes longer ends the run with 137",
+    "trainer.deterministic": "only deterministic kernels on the GPU",
+}
+
+_IGNORED: Mapping[str, str] = {
+    "data.balance_dp_token": "rows are always balanced over the ranks and the loss always counts every token once",
+    "model.fsdp_config.wrap_policy.min_num_params": "the FSDP groups are always the decoder blocks",
+    "model.use_liger": "the loss is always computed in chunks, which saves the memory that Liger would",
+    "model.strategy": "fsdp and fsdp2 both mean FSDP2",
+    "trainer.nnodes": "the launcher decides (NNODES); a difference is a warning",
+    "trainer.n_gpus_per_node": "the launcher decides (NPROC_PER_NODE); a difference is a warning",
+}
+
+_REFUSED: Mapping[str, str] = {
+    "data.multiturn.enable": "trains on a column of messages",
+    "data.chat_template": "chat template to use instead of the tokenizer's",
+    "data.custom_cls.path": "Python file with a data set class of the user's own",
+    "data.use_shm": "copies the data files to shared memory first",
+    "model.use_shm": "copies the model to shared memory first",
+    "model.fsdp_config.cpu_offload": "keeps weights, gradients and optimizer states in host memory",
+    "model.fsdp_config.offload_params": "other name of cpu_offload",
+    "model.external_lib": "Python module to import before the model is built",
+    "model.lora_rank": "rank of the LoRA adapters; 0 = trains all weights",
+    "trainer.default_hdfs_dir": "remote folder for published checkpoints",
+}
+
+
+def _all_keys() -> dict[str, KeyEffect]:
+    keys = {key: KeyEffect(effect=text) for key, text in _DOES.items()}
+    keys |= {key: KeyEffect(ignored=text) for key, text in _IGNORED.items()}
+    keys |= {key: KeyEffect(refused=text) for key, text in _REFUSED.items()}
+    return keys | {name: KeyEffect(effect=f"other name of {alias.target}") for name, alias in ALIASES.items()}
+
+
+KEYS: Mapping[str, KeyEffect] = MappingProxyType(_all_keys())
+"""Full path of every key that a YAML may hold -> what it does. Those refused are the work of later versions."""
+
+
+def keys_table() -> str:
+    """The table key, default, effect as Markdown, in the order of ``schema.py``; other names come last."""
+    lines = ["| Key | Default | Effect |", "|---|---|---|"]
+    defaults = {path: f"`{_yaml_text(field.default)}`" for path, field in leaf_fields().items()}
+    for key in [*defaults, *sorted(ALIASES)]:
+        entry = KEYS[key]
+        text = entry.effect
+        if entry.ignored:
+            text = f"ignored: {entry.ignored}"
+        elif entry.refused:
+            text = f"{entry.refused} (not in this version: refused)"
+        lines.append(f"| `{key}` | {defaults.get(key, '')} | {text} |")
+    return "\n".join(lines) + "\n"
+
+
+def _yaml_text(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{', '.join(map(str, cast('list[Any]', value)))}]"
+    return str(value)

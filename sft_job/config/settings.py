@@ -1,0 +1,237 @@
+"""From YAML nodes to settings: unknown keys, duplicate keys and wrong types, each with its line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import yaml
+
+from sft_job.config.fields import Field, join, section_paths, suggestion
+from sft_job.config.keys import ALIASES, FRAGMENTS
+from sft_job.contract import ExitCode
+from sft_job.errors import Problem
+
+_TAG = "tag:yaml.org,2002:"
+NULL_TAG = _TAG + "null"
+_PLAIN_TAGS = frozenset(_TAG + name for name in ("str", "int", "float", "bool", "null", "seq", "map", "merge"))
+_KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    list: "a list",
+    dict: "a mapping",
+}
+_NO_VALUE = object()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One value that a layer (file, environment, command line) sets.
+
+    Attributes:
+        key: full path of the setting.
+        written: the name that was used, which differs from key for other names.
+        value: its value; a text with ``${...}`` is not resolved yet.
+        origin: where it stands.
+        items: where a list's items stand, in their order.
+    """
+
+    key: str
+    written: str
+    value: Any
+    origin: str
+    items: tuple[str, ...] = ()
+
+
+class NodeReader:
+    """Reads settings from YAML nodes and collects problems.
+
+    Args:
+        loader: the loader that composed the nodes.
+        fields: all settings.
+        where: from a node to the text that says where it stands.
+    """
+
+    def __init__(self, loader: Any, fields: Mapping[str, Field], where: Callable[[yaml.Node], str]) -> None:
+        self.loader = loader
+        self.fields = fields
+        self.sections = section_paths(fields)
+        self.where = where
+        self.settings: list[Setting] = []
+        self.problems: list[Problem] = []
+
+    def problem(self, subject: str, node: yaml.Node, rule: str, fix: str = "", value: Any = _NO_VALUE) -> None:
+        """Note a problem at a node."""
+        more = {} if value is _NO_VALUE else {"value": value}
+        self.problems.append(Problem(ExitCode.CONFIG, subject, rule, fix, origin=self.where(node), **more))
+
+    def read(self, path: str, key_node: yaml.Node, node: yaml.Node) -> None:
+        """Read the value of one key, be it a section, a setting or unknown."""
+        alias = ALIASES.get(path)
+        owner = _dict_owner(path, self.fields)
+        if path in self.sections:
+            self.read_section(path, node)
+        elif path in self.fields:
+            self._read_field(self.fields[path], path, key_node, node)
+        elif alias is not None:
+            self._read_field(self.fields[alias.target], path, key_node, node, alias.unset)
+        elif owner is not None:
+            self._read_free(path, owner, key_node, node)
+        elif path in FRAGMENTS:
+            full = FRAGMENTS[path]
+            fix = f"it belongs below {full.rpartition('.')[0]}, as {full}"
+            self.problem(path, key_node, "unknown key at the top level", fix)
+        else:
+            self.problem(path, key_node, "unknown key", suggestion(path, self.fields))
+
+    def read_section(self, path: str, node: yaml.Node) -> None:
+        """Read all keys of a section; one without any content sets nothing."""
+        if node.tag == NULL_TAG:
+            return
+        if not isinstance(node, yaml.MappingNode):
+            rule = f"must be a mapping of settings; this is {_node_kind(node)}"
+            self.problem(path or "the config", node, rule, "write its keys below it, indented")
+            return
+        for key_node, value_node in self._pairs(path, node):
+            name = join(path, key_node.value)
+            if "." in key_node.value:
+                fix = "write each part on a line of its own, indented below the one before"
+                self.problem(name, key_node, "in YAML a key with dots does not reach into sections", fix)
+            else:
+                self.read(name, key_node, value_node)
+
+    def _pairs(self, path: str, node: yaml.MappingNode) -> list[tuple[yaml.Node, yaml.Node]]:
+        """Keys and values of a mapping, merge keys (``<<``) put in; of duplicates the first one."""
+        node.value = self._without_bad_keys(path, node)
+        try:
+            self.loader.flatten_mapping(node)
+        except yaml.constructor.ConstructorError as error:
+            self.problem(path or "the config", node, str(error.problem))
+            return []
+        pairs = {key.value: (key, value) for key, value in node.value if isinstance(key, yaml.ScalarNode)}
+        return [*pairs.values()]
+
+    def _without_bad_keys(self, path: str, node: yaml.MappingNode) -> list[tuple[yaml.Node, yaml.Node]]:
+        first: dict[str, yaml.Node] = {}
+        kept: list[tuple[yaml.Node, yaml.Node]] = []
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag not in _PLAIN_TAGS:
+                self.problem(path or "the config", key, "its keys must be plain names", "write KEY: VALUE")
+            elif key.tag != _TAG + "merge" and key.value in first:
+                rule = f"duplicate key; the first one is at {self.where(first[key.value])}"
+                self.problem(join(path, key.value), key, rule, "keep one of the two")
+            else:
+                first.setdefault(key.value, key)
+                kept.append((key, value))
+        return kept
+
+    def _read_field(
+        self, field: Field, written: str, key_node: yaml.Node, node: yaml.Node, unset: tuple[Any, ...] = ()
+    ) -> None:
+        value = self._value(written, node)
+        if value is _NO_VALUE or any(value is each or value == each for each in unset):
+            return
+        if field.kind is list and isinstance(node, yaml.SequenceNode):
+            odd = [_odd(field.item, item, each) for item, each in zip(node.value, value, strict=True)]
+            for index, (item, fault) in enumerate(zip(node.value, odd, strict=True)):
+                if fault:
+                    self.problem(f"{written}[{index}]", item, *fault, value[index])
+            if any(odd):
+                return
+        elif isinstance(node, yaml.ScalarNode):
+            fault = _odd(field.kind, node, value)
+            if fault:
+                self.problem(written, key_node, *fault, value)
+                return
+        items = tuple(map(self.where, node.value)) if isinstance(node, yaml.SequenceNode) else ()
+        self.settings.append(Setting(field.path, written, value, self.where(key_node), items))
+
+    def _read_free(self, path: str, owner: str, key_node: yaml.Node, node: yaml.Node) -> None:
+        """A key of a setting that is itself a mapping of free keys, as the command line may name it."""
+        if not re.fullmatch(r"[\w-]+(\.[\w-]+)*", path.removeprefix(f"{owner}.")):
+            self.problem(path, key_node, f"keys below {owner} are letters, digits, - and _", f"set {owner} as a whole")
+            return
+        value = self._value(path, node)
+        if value is not _NO_VALUE:
+            self.settings.append(Setting(path, path, value, self.where(key_node)))
+
+    def _value(self, path: str, node: yaml.Node) -> Any:
+        """The value that OmegaConf's loader makes of a node, or _NO_VALUE and problems."""
+        foreign = _foreign_tags(node)
+        for each in foreign:
+            tag = each.tag.replace(_TAG, "!!")
+            fix = "write the value without a tag, or in quotes"
+            self.problem(path, each, f"the tag {tag} is not allowed in a config", fix)
+        if foreign:
+            return _NO_VALUE
+        try:
+            return self.loader.construct_object(node, deep=True)
+        except (yaml.YAMLError, ValueError, KeyError, TypeError, OverflowError) as error:
+            said = getattr(error, "problem", None) or error
+            self.problem(path, node, f"cannot be read: {said}", "put the value in quotes, or write it plainly")
+            return _NO_VALUE
+
+
+def wrong_type(field: Field, value: Any) -> tuple[str, str]:
+    """Rule and fix for a value that cannot be converted to the setting's type."""
+    if value is None:
+        return f"must be {field.expected}; null is not allowed", "leave the key out for its default value"
+    rule = f"must be {field.expected}; this is {value_kind(value)}"
+    if field.kind is int and isinstance(value, float) and value.is_integer():
+        return rule, f"write {int(value)}"
+    if field.kind is list and isinstance(value, (str, int, float)):
+        return rule, f"write [{value}]"
+    return rule, ""
+
+
+def value_kind(value: Any) -> str:
+    """The kind of a value in words."""
+    return "null" if value is None else _KINDS.get(cast("type[Any]", type(value)), type(value).__name__)
+
+
+def _odd(kind: Any, node: yaml.Node, value: Any) -> tuple[str, str] | None:
+    """Rule and fix where YAML 1.1 made of a plain scalar what was hardly meant, else None."""
+    plain = isinstance(node, yaml.ScalarNode) and not node.style  # None or an empty text, depending on the parser
+    if not plain or isinstance(value, str) or value is None:
+        return None
+    text = node.value
+    if kind is str and str(value) != text:
+        return f"must be a text; YAML reads {text} as {_shown(value)}", f'write "{text}" in quotes'
+    if kind is Any and isinstance(value, bool) and text.lower() not in ("true", "false"):
+        return f"YAML reads {text} as {_shown(value)}", f'write "{text}" in quotes'
+    if type(value) in (int, float) and (":" in text or re.fullmatch(r"[-+]?0[0-9_]+", text)):
+        base = "base 60" if ":" in text else "octal"
+        return f"YAML reads {text} as {_shown(value)} ({base})", "write a plain decimal number, without leading zeros"
+    return None
+
+
+def _dict_owner(path: str, fields: Mapping[str, Field]) -> str | None:
+    """The setting with free keys under which a path lies."""
+    parts = path.split(".")
+    prefixes = (".".join(parts[:depth]) for depth in range(1, len(parts)))
+    return next((each for each in prefixes if each in fields and fields[each].kind is dict), None)
+
+
+def _foreign_tags(node: yaml.Node) -> list[yaml.Node]:
+    """Nodes with a tag other than those of plain YAML values."""
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.SequenceNode):
+        children = node.value
+    elif isinstance(node, yaml.MappingNode):
+        children = [each for pair in cast("list[tuple[yaml.Node, yaml.Node]]", node.value) for each in pair]
+    found = [] if node.tag in _PLAIN_TAGS else [node]
+    return found + [each for child in children for each in _foreign_tags(child)]
+
+
+def _node_kind(node: yaml.Node) -> str:
+    if isinstance(node, yaml.SequenceNode):
+        return "a list"
+    return f"the value {node.value!r}" if isinstance(node, yaml.ScalarNode) else "a mapping"
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,112 @@
+"""Names that users, launchers and tests rely on: exit codes, environment variables, the run folder's files."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class ExitCode(enum.IntEnum):
+    """Exit codes of ``sft-job train``. Launchers retry LOST and STOPPED only."""
+
+    DONE = 0
+    BUG = 1
+    CONFIG = 2
+    DATA = 65
+    MODEL = 66
+    CANNOT_CREATE = 73
+    NO_CHECKPOINT = 74
+    NO_PROGRESS = 86
+    NON_FINITE = 87
+    OUT_OF_MEMORY = 88
+    LOST = 137
+    STOPPED = 143
+
+    @property
+    def reason(self) -> str:
+        """The word for this code in ``outcome.json``."""
+        return self.name.lower()
+
+
+class Env:
+    """Environment variables that the job reads. ``PET_*`` are the names that Kubeflow sets."""
+
+    CONFIG_PATH = "CONFIG_PATH"
+    CONFIG_NAME = "CONFIG_NAME"
+    CHECKPOINT_DIR = "CHECKPOINT_DIR"
+    NPROC_PER_NODE = "NPROC_PER_NODE"
+    NNODES = "NNODES"
+    NODE_RANK = "NODE_RANK"
+    MASTER_ADDR = "MASTER_ADDR"
+    MASTER_PORT = "MASTER_PORT"
+    REPORT_DIR = "SFT_JOB_REPORT_DIR"
+    """Set by the supervisor for its ranks: where a rank leaves the reason of its end."""
+    COMMIT = "SFT_JOB_COMMIT"
+    """Set in the image: the commit it was built from, shown by ``--version``."""
+
+
+DEFAULT_CONFIG_NAME = "sft_trainer.yaml"
+STEP_PREFIX = "global_step_"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run's folder (``$CHECKPOINT_DIR/sft``). Only names them; creates nothing."""
+
+    root: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def latest(self) -> Path:
+        """Text file that names the newest published checkpoint."""
+        return self.checkpoints / "latest"
+
+    @property
+    def final(self) -> Path:
+        """Link to the last checkpoint of a finished run."""
+        return self.checkpoints / "final"
+
+    def step(self, step: int) -> Path:
+        return self.checkpoints / f"{STEP_PREFIX}{step}"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def config(self) -> Path:
+        return self.logs / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.logs / "metrics.jsonl"
+
+    @property
+    def outcome(self) -> Path:
+        return self.logs / "outcome.json"
+
+    @property
+    def data_report(self) -> Path:
+        return self.logs / "data_report.json"
+
+    def rank_log(self, rank: int) -> Path:
+        return self.logs / f"rank_{rank}.log"
+
+    @property
+    def cache(self) -> Path:
+        """Token cache, unless ``data.cache_dir`` names another folder."""
+        return self.root / "cache"
+
+    @property
+    def wandb(self) -> Path:
+        return self.root / "wandb"
+
+
+def step_of(folder: Path) -> int | None:
+    """Step number of a checkpoint folder by its name, None for any other name."""
+    digits = folder.name.removeprefix(STEP_PREFIX)
+    return int(digits) if folder.name.startswith(STEP_PREFIX) and digits.isdecimal() else None

@@ -1,0 +1,1 @@
+"""From parquet files to packed batches: files, rendering, token cache, order, packing."""

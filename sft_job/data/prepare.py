@@ -1,0 +1,67 @@
+"""Token caches of a run, before its ranks start, and the report on its data."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from pathlib import Path
+
+from sft_job.config.schema import JobConfig
+from sft_job.contract import RunFolder
+from sft_job.data.build import Progress
+from sft_job.data.cache import CacheSpec, TokenCache, cache_spec, open_or_build
+from sft_job.data.files import check_files
+from sft_job.data.spec import Split
+from sft_job.data.workers import available_cores
+from sft_job.errors import Problem, ProblemsError, raise_problems
+
+
+def prepare(
+    config: JobConfig, run: RunFolder, progress: Progress | None = None
+) -> tuple[TokenCache, TokenCache | None]:
+    """Open or build the caches of the training and the validation rows.
+
+    Args:
+        config: the run's settings.
+        run: its folder, which holds the caches unless ``data.cache_dir`` names another place.
+        progress: called with rows done and rows in all, for one split after the other.
+
+    Returns:
+        Training rows, and validation rows or None.
+
+    Raises:
+        ProblemsError: all that is wrong with both splits: exit 65, 66 or 2; 73 for the cache's folder.
+        JobError: exit 137, where a worker process was killed.
+    """
+    folder = Path(config.data.cache_dir).expanduser() if config.data.cache_dir else run.cache
+    workers = config.data.num_workers or available_cores()
+    problems: list[Problem] = []
+    specs: list[CacheSpec] = []
+    caches: dict[Split, TokenCache] = {}
+    splits: tuple[Split, Split] = ("train", "val")
+    for split in splits:
+        try:
+            spec = cache_spec(config, split)
+        except ProblemsError as error:
+            problems += error.problems
+        else:
+            specs += [spec] if spec else []
+    for spec in specs:
+        try:
+            if problems:  # the run ends anyway: only what is quick to find out
+                problems += check_files(spec.files, spec.columns, spec.files_option)
+            else:
+                caches[spec.split] = open_or_build(spec, folder, workers, progress)
+        except ProblemsError as error:
+            problems += error.problems
+    raise_problems([problem for index, problem in enumerate(problems) if problem not in problems[:index]])
+    return caches["train"], caches.get("val")
+
+
+def write_report(run: RunFolder, train: TokenCache, val: TokenCache | None) -> None:
+    """Write ``logs/data_report.json``: counts, notes and warnings of both splits."""
+    report = {"train": train.report, "val": val.report if val else None}
+    run.logs.mkdir(parents=True, exist_ok=True)
+    temporary = run.data_report.with_name(f".{run.data_report.name}.{uuid.uuid4().hex}")
+    temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(run.data_report)

@@ -1,0 +1,144 @@
+"""What a token cache is made from, and what identifies it. Free of torch and transformers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from sft_job.config.schema import JobConfig
+from sft_job.contract import ExitCode
+from sft_job.data.columns import Column, plain, text_columns
+from sft_job.data.files import resolve_files
+from sft_job.data.render import fingerprint as renderer_fingerprint
+from sft_job.data.tokenizer import folder_problem, template_text
+from sft_job.errors import Problem, ProblemsError
+
+Split = Literal["train", "val"]
+# hashlib lets go of the interpreter's lock, and a network file system answers many readers faster than one.
+_THREADS = 16
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """Everything that the tokens of one split depend on.
+
+    Attributes:
+        split: ``train`` or ``val``.
+        files: parquet files, in the order of their rows.
+        prompt: columns of the prompt.
+        response: columns of the response.
+        tokenizer: folder of the tokenizer.
+        max_length: longest row in tokens.
+        truncation: ``error``, ``left`` or ``right``.
+        max_samples: the first rows over all files; -1 = all.
+        chat_template: text of a template that takes the place of the tokenizer's; None = the tokenizer's.
+        template_kwargs: extra variables for the template.
+        trust_remote_code: run Python code that the tokenizer's folder brings.
+    """
+
+    split: Split
+    files: tuple[Path, ...]
+    prompt: tuple[Column, ...]
+    response: tuple[Column, ...]
+    tokenizer: Path
+    max_length: int
+    truncation: str
+    max_samples: int = -1
+    chat_template: str | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    trust_remote_code: bool = False
+
+    @property
+    def files_option(self) -> str:
+        """The option that names the files."""
+        return f"data.{self.split}_files"
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """All columns that are read."""
+        return (*self.prompt, *self.response)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the files' contents (not their paths or times), the tokenizer, the template and the options.
+
+        Reads every file once, in several threads.
+
+        Raises:
+            ProblemsError: exit 65, where a file cannot be read.
+        """
+        parts = {
+            "split": self.split,
+            "files": _content_hashes(self.files, self.files_option),
+            "prompt": [asdict(column) for column in self.prompt],
+            "response": [asdict(column) for column in self.response],
+            "max_samples": max(self.max_samples, -1),
+            "max_length": self.max_length,
+            "truncation": self.truncation,
+            "renderer": renderer_fingerprint(
+                self.tokenizer, self.chat_template, self.template_kwargs, self.trust_remote_code
+            ),
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _content_hashes(files: tuple[Path, ...], option: str) -> list[str]:
+    with ThreadPoolExecutor(_THREADS) as pool:
+        hashes = list(pool.map(_content_hash, files))
+    problems = [
+        Problem(ExitCode.DATA, f"{option}: {file}", f"cannot be read: {error.strerror}")
+        for file, error in zip(files, hashes, strict=True)
+        if isinstance(error, OSError)
+    ]
+    if problems:
+        raise ProblemsError(problems)
+    return [str(digest) for digest in hashes]
+
+
+def _content_hash(file: Path) -> str | OSError:
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        return error
+
+
+def cache_spec(config: JobConfig, split: Split) -> CacheSpec | None:
+    """The spec that a config asks for; None where it has no validation files.
+
+    Raises:
+        ProblemsError: everything that is wrong with the files' paths, the tokenizer's folder and the template's path.
+    """
+    data = config.data
+    value = data.train_files if split == "train" else data.val_files
+    if value is None and split == "val":
+        return None
+    files, problems = resolve_files(value, f"data.{split}_files")
+    folder = Path(config.model.partial_pretrain).expanduser() if config.model.partial_pretrain else None
+    if problem := folder_problem(folder):
+        problems.append(problem)
+    template = None
+    try:
+        template = template_text(data.chat_template)
+    except ProblemsError as error:
+        problems += error.problems
+    if problems or folder is None:
+        raise ProblemsError(problems)
+    prompt, response = text_columns(data)
+    return CacheSpec(
+        split=split,
+        files=tuple(files),
+        prompt=prompt,
+        response=response,
+        tokenizer=folder,
+        max_length=data.max_length,
+        truncation=data.truncation,
+        max_samples=data.train_max_samples if split == "train" else data.val_max_samples,
+        chat_template=template,
+        template_kwargs=plain(data.apply_chat_template_kwargs) or {},
+        trust_remote_code=config.model.trust_remote_code,
+    )

@@ -1,0 +1,1 @@
+"""The trained model: skeleton, weights, attention, loss, recomputation."""

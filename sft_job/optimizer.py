@@ -1,0 +1,97 @@
+"""AdamW, its learning rate as a function of the step, and the global gradient norm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from sft_job.config.schema import OptimConfig
+
+WSD_STABLE = 0.9
+"""Share of the steps after warm-up over which wsd holds the peak rate."""
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig, device_type: str) -> torch.optim.AdamW:
+    """AdamW over all parameters; one fused kernel on CUDA."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=config.lr,
+        betas=(config.betas[0], config.betas[1]),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=device_type == "cuda",
+        foreach=None if device_type == "cuda" else False,
+    )
+
+
+def warmup_steps(config: OptimConfig, total_steps: int) -> int:
+    """Steps over which the learning rate rises."""
+    return config.warmup_steps if config.warmup_steps is not None else int(config.warmup_steps_ratio * total_steps)
+
+
+def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
+    """Learning rate of one optimizer step.
+
+    The first step of a warm-up already moves (its rate is not 0), and the rate reaches its end one step after the
+    last one, so that no step is spent at a rate of 0.
+
+    Args:
+        config: peak rate, warm-up and shape.
+        step: 0 for the first step.
+        total_steps: the horizon, total_training_steps where that is set.
+    """
+    rising = warmup_steps(config, total_steps)
+    if step < rising:
+        return config.lr * (step + 1) / (rising + 1)
+    if config.lr_scheduler == "constant":
+        return config.lr
+    falling_from = rising
+    if config.lr_scheduler == "wsd":
+        falling_from += int(WSD_STABLE * (total_steps - rising))
+    if step < falling_from:
+        return config.lr
+    progress = (step - falling_from) / max(1, total_steps - falling_from)
+    fall = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    return config.lr * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * fall)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the rate of the coming step."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+@torch.no_grad()
+def gradient_norm(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> Tensor:
+    """L2 norm over all gradients of all ranks, accumulated in at least fp32 (a collective call).
+
+    Args:
+        parameters: sharded over ``group``.
+        group: the ranks that hold the shards.
+
+    Returns:
+        Scalar tensor on the parameters' device, the same on every rank.
+    """
+    squares: list[Tensor] = []
+    for parameter in parameters:
+        if parameter.grad is not None:
+            grad = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            squares.append(torch.linalg.vector_norm(grad, dtype=wide).square())
+    total = torch.stack(squares).sum()
+    dist.all_reduce(total, group=group)
+    return total.sqrt()
+
+
+@torch.no_grad()
+def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
+    """Multiply every gradient by a scalar tensor, without a host sync."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            grad = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+            grad.mul_(factor.to(grad.dtype))

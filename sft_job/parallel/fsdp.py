@@ -1,0 +1,52 @@
+"""FSDP2: which modules form a group, in which precision they compute and reduce."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+
+def shard_module(
+    module: nn.Module, mesh: DeviceMesh, param_dtype: torch.dtype, reduce_dtype: torch.dtype, reshard: bool | None
+) -> None:
+    """Make a module one FSDP group; parameters of modules that are groups already are left alone.
+
+    Args:
+        module: its parameters may be real (then equal on all ranks) or on the meta device.
+        mesh: the FSDP mesh.
+        param_dtype: dtype of the gathered weights and of the computation.
+        reduce_dtype: dtype in which gradients are summed over the ranks.
+        reshard: free gathered weights after the forward; None = torch's choice (not for the root).
+    """
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+
+
+def sum_gradients(modules: Iterable[nn.Module]) -> None:
+    """Let every FSDP group sum gradients over the ranks: the loss is divided by the global token count already."""
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # A plain sum: scaling inside the collective (PREMUL_SUM) is NCCL's alone.
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def set_gradient_sync(root: nn.Module, sync: bool) -> None:
+    """Reduce gradients in the coming backward (the step's last one), or only accumulate them on this rank."""
+    assert isinstance(root, FSDPModule)
+    root.set_requires_gradient_sync(sync)
+
+
+def tied_once(module: nn.Module, preferred: set[str]) -> dict[str, torch.Tensor]:
+    """A module's state with every tied parameter under one name, one of ``preferred`` where there is one."""
+    names: dict[int, str] = {}
+    state = module.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        known = names.get(id(tensor))
+        if known is None or (known not in preferred and name in preferred):
+            names[id(tensor)] = name
+    return {name: state[name].detach() for name in names.values()}

@@ -1,0 +1,85 @@
+"""Ulysses sequence parallelism: ranks trade "all heads of my tokens" for "all tokens of my heads", and back.
+
+Shapes: B = 1 (packed), H query heads, K key/value heads, T tokens of the whole packed sequence, D head dim,
+u ranks of the Ulysses group.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class _AllToAll(torch.autograd.Function):
+    """Equal-split all-to-all over tensor dim 0; its own transpose, so the backward is the same exchange."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _exchange(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _exchange(grads[0], ctx.group), None
+
+
+def _exchange(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    # Without contiguous() an incoming gradient view is exchanged in memory order: the loss stays exact while
+    # the gradients are silently wrong.
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    dist.all_to_all_single(out, x, group=group)
+    return out
+
+
+def kv_repeats(kv_heads: int, ulysses_size: int) -> int:
+    """How often each key/value head is repeated so that every rank of the group gets one.
+
+    Raises:
+        ValueError: neither number divides the other.
+    """
+    if kv_heads % ulysses_size == 0:
+        return 1
+    if ulysses_size % kv_heads == 0:
+        return ulysses_size // kv_heads
+    raise ValueError(f"{kv_heads} key/value heads cannot be spread over {ulysses_size} ulysses ranks")
+
+
+def gather_sequence(
+    query: Tensor, key: Tensor, value: Tensor, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Trade heads for tokens in one exchange of q, k and v together.
+
+    Args:
+        query: [1, H, T/u, D]; H is a multiple of u.
+        key: [1, K, T/u, D]; K divides u or is a multiple of it.
+        value: [1, K, T/u, Dv].
+        group: the Ulysses group; rank i holds the i-th part of the sequence.
+
+    Returns:
+        query [1, H/u, T, D], key [1, max(K, u)/u, T, D], value [1, max(K, u)/u, T, Dv].
+    """
+    u = group.size()
+    repeats = kv_repeats(key.shape[1], u)
+    if repeats > 1:
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    parts = [x.reshape(u, -1) for x in (query, key, value)]  # [1, h, T/u, d] -> [u, h/u * T/u * d]: row i for rank i
+    sizes = [part.shape[1] for part in parts]
+    received = _AllToAll.apply(torch.cat(parts, dim=1), group)  # row i: rank i's tokens of this rank's heads
+    outs: list[Tensor] = []
+    for x, part in zip((query, key, value), received.split(sizes, dim=1), strict=True):
+        _, h, t, d = x.shape
+        part = part.reshape(u, h // u, t, d)  # [u, h/u, T/u, d]
+        outs.append(part.transpose(0, 1).reshape(1, h // u, u * t, d))  # [1, h/u, T, d]
+    return outs[0], outs[1], outs[2]
+
+
+def scatter_sequence(out: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Trade tokens for heads: attention output [1, T, H/u, D] -> [1, T/u, H, D]."""
+    u = group.size()
+    _, t, h, d = out.shape
+    received = _AllToAll.apply(out.reshape(u, t // u, h, d), group)  # [u, T/u, H/u, D]: row i holds rank i's heads
+    return received.transpose(0, 1).reshape(1, t // u, u * h, d)

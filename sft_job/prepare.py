@@ -1,0 +1,70 @@
+"""Entry of the step before the ranks: tokenise training and validation rows, leave word where the caches are.
+
+A process of its own, so that the supervisor stays small: ``python -m sft_job.prepare RESOLVED_CONFIG``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from sft_job.config.load import load_resolved, run_folder
+from sft_job.contract import Env, ExitCode
+from sft_job.data.places import write_places
+from sft_job.data.prepare import prepare, write_report
+from sft_job.errors import JobError
+
+REPORT = "prepare.json"
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+class _Progress:
+    """A line now and then; small data is done before the first one."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._shown = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._shown < _SECONDS_BETWEEN_LINES:
+            return
+        self._shown = now
+        if total:
+            self._console.print(f"tokenising: {done:,} of {total:,} rows", highlight=False)
+        else:
+            self._console.print("waiting for another process that tokenises the same rows", highlight=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prepare one run; the exit code of what happened, its message in the report folder."""
+    logging.basicConfig(level=logging.WARNING)
+    reports = Path(os.environ[Env.REPORT_DIR])
+    (resolved,) = sys.argv[1:] if arguments is None else arguments
+    try:
+        config = load_resolved(Path(resolved))
+        run = run_folder(config)
+        train, val = prepare(config, run, _Progress(Console()))
+        write_report(run, train, val)
+        write_places(reports, train, val)
+    except JobError as error:
+        (reports / REPORT).write_text(json.dumps({"code": int(error.code), "message": str(error)}), encoding="utf-8")
+        return error.code
+    except Exception as error:
+        traceback.print_exc()
+        message = f"preparing the data failed: {type(error).__name__}: {error}"
+        (reports / REPORT).write_text(json.dumps({"code": int(ExitCode.BUG), "message": message}), encoding="utf-8")
+        return ExitCode.BUG
+    return ExitCode.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

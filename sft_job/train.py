@@ -1,0 +1,113 @@
+"""Entry of one rank: join the others, train, leave with the right exit code.
+
+The supervisor starts it with ``--resolved FILE``; torchrun with a config file and ``key=value`` overrides.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sft_job.config.load import load_resolved
+from sft_job.config.resolve import resolve
+from sft_job.config.schema import JobConfig
+from sft_job.config.topology import count_gpus
+from sft_job.contract import Env, ExitCode
+from sft_job.data.files import check_data
+from sft_job.errors import JobError, raise_problems
+from sft_job.job import train
+from sft_job.runtime import StopWish, start_runtime
+from sft_job.trainer import Ending
+
+RESOLVED = "--resolved"
+# Gloo raises plain RuntimeErrors.
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train as one rank; the exit code of what happened. Never raises."""
+    faulthandler.enable()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
+    stop = StopWish().install()
+    code, message, ending = ExitCode.BUG, "", None
+    try:
+        config = _config(list(sys.argv[1:] if arguments is None else arguments))
+        runtime = start_runtime(config.trainer.timeout_seconds, config.trainer.deterministic)
+        ending = train(config, runtime, stop)
+        code = ExitCode.STOPPED if ending and ending.stopped else ExitCode.DONE
+        dist.barrier()
+        dist.destroy_process_group()
+    except JobError as error:
+        code, message = error.code, str(error)
+        traceback.print_exc()
+    except torch.OutOfMemoryError as error:
+        code, message = ExitCode.OUT_OF_MEMORY, _out_of_memory(error)
+        traceback.print_exc()
+    except Exception as error:
+        code, message = _unexpected(error)
+        traceback.print_exc()
+    _report(code, message, ending)
+    return code
+
+
+def _config(arguments: list[str]) -> JobConfig:
+    if arguments[:1] == [RESOLVED]:
+        return load_resolved(Path(arguments[1]))
+    given = arguments[0] if arguments and "=" not in arguments[0] else None
+    resolution = resolve(given, arguments[1:] if given else arguments, os.environ, count_gpus(os.environ))
+    raise_problems([*resolution.problems, *check_data(resolution.loaded.config)])
+    return resolution.loaded.config
+
+
+def _out_of_memory(error: Exception) -> str:
+    return (
+        f"out of device memory: {str(error).splitlines()[0]}\n"
+        "    fix: use_dynamic_bsz with a smaller max_token_len_per_gpu, a smaller micro_batch_size_per_gpu, a larger "
+        "ulysses_sequence_parallel_size, model.enable_gradient_checkpointing, or more GPUs"
+    )
+
+
+def _unexpected(error: Exception) -> tuple[ExitCode, str]:
+    """A lost peer shows as an error of the collective that waited for it; anything else is a bug."""
+    text = str(error)
+    if isinstance(error, dist.DistError) or any(sign in text for sign in _LOST_PEER):
+        return ExitCode.LOST, f"lost another rank: {text.splitlines()[0]}"
+    return ExitCode.BUG, f"{type(error).__name__}: {text}"
+
+
+def _report(code: ExitCode, message: str, ending: Ending | None) -> None:
+    """Tell the supervisor, or the user where there is none, how this rank ended."""
+    rank = os.environ.get("RANK", "0")
+    folder = os.environ.get(Env.REPORT_DIR)
+    if folder is None:
+        if message:
+            sys.stderr.write(f"rank {rank}: {message}\n")
+        return
+    record: dict[str, Any] = {"rank": int(rank), "code": int(code), "message": message}
+    if ending is not None:
+        record |= {
+            "step": ending.state.step,
+            "loss": ending.state.loss,
+            "weights_sha256": ending.weights_sha256,
+        }
+    temporary = Path(folder) / f".rank_{rank}.tmp"
+    temporary.write_text(json.dumps(record), encoding="utf-8")
+    temporary.replace(Path(folder) / f"rank_{rank}.json")
+
+
+if __name__ == "__main__":
+    exit_code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A rank whose peers are gone may hang in the teardown of its process group.
+    os._exit(exit_code)

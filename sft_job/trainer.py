@@ -1,0 +1,257 @@
+"""The loop: steps, validation, checkpoints, and an end at a step's boundary."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sft_job.checkpoint.checkpointer import Checkpointer
+from sft_job.checkpoint.state import RunState
+from sft_job.config.schema import JobConfig
+from sft_job.contract import ExitCode
+from sft_job.data.batches import PackedBatch, StepBatch
+from sft_job.errors import JobError
+from sft_job.metrics.loggers import Logger
+from sft_job.metrics.meters import StepMeter, validation_record
+from sft_job.optimizer import gradient_norm, learning_rate, scale_gradients, set_learning_rate
+from sft_job.parallel.fsdp import set_gradient_sync
+from sft_job.runtime import Runtime, StopWish, peak_memory, seed_step
+
+AFTER_EACH_EPOCH = "after_each_epoch"
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step gave, the same on every rank.
+
+    Attributes:
+        loss: mean cross-entropy over the supervised tokens of the global batch.
+        grad_norm: before clipping.
+        lr: the step's learning rate.
+        stop: some rank was asked to stop.
+    """
+
+    loss: float
+    grad_norm: float
+    lr: float
+    stop: bool
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended: done, or stopped at a step's boundary with a checkpoint saved."""
+
+    stopped: bool
+    state: RunState
+    weights_sha256: str
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When things happen, in optimizer steps done."""
+
+    total_steps: int
+    steps_per_epoch: int
+    save_freq: int
+    test_freq: int | str
+
+    def saves_at(self, step: int) -> bool:
+        """A kept checkpoint is due; the last step's is the trainer's own matter."""
+        return self.save_freq > 0 and step % self.save_freq == 0
+
+    def tests_at(self, step: int) -> bool:
+        """Validation is due."""
+        if step == self.total_steps:
+            return True
+        if self.test_freq == AFTER_EACH_EPOCH:
+            return step % self.steps_per_epoch == 0
+        return isinstance(self.test_freq, int) and self.test_freq > 0 and step % self.test_freq == 0
+
+
+class Trainer:
+    """Trains from a state to the end of the schedule. It knows nothing of LoRA, attention backends or launchers.
+
+    Args:
+        config: the run's settings.
+        runtime: this rank.
+        module: sharded; its forward gives the loss sum of a packed batch.
+        optimizer: over the module's parameters.
+        schedule: when things happen.
+        state: where the run stands.
+        checkpointer: saves.
+        evaluate: validation loss, a collective call; None where there is no validation data.
+        meter: token counts and speed.
+        flops: model FLOPs of a global batch.
+        logger: takes records on rank 0, None elsewhere.
+        stop: this rank's wish to stop.
+    """
+
+    def __init__(
+        self,
+        config: JobConfig,
+        runtime: Runtime,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        state: RunState,
+        checkpointer: Checkpointer,
+        evaluate: Callable[[], float] | None,
+        meter: StepMeter,
+        flops: Callable[[StepBatch], float],
+        logger: Logger | None,
+        stop: StopWish,
+    ) -> None:
+        self._config = config
+        self._runtime = runtime
+        self._module = module
+        self._parameters = [p for p in module.parameters() if p.requires_grad]
+        self._optimizer = optimizer
+        self.schedule = schedule
+        """When things happen."""
+        self._state = state
+        self._checkpointer = checkpointer
+        self._evaluate = evaluate
+        self._meter = meter
+        self._flops = flops
+        self._logger = logger
+        self._stop = stop
+
+    @property
+    def state(self) -> RunState:
+        """Where the run stands."""
+        return self._state
+
+    def run(self, batches: Iterable[StepBatch]) -> Ending:
+        """Go through the batches, one optimizer step each; they start at the state's step."""
+        if self._agree_to_stop():
+            return Ending(True, self._state, "")
+        for batch in self._timed(batches):
+            result = self.train_step(batch)
+            self._advance(batch, result)
+            step = self._state.step
+            self._log_step(result)
+            if self.schedule.tests_at(step):
+                self._validate()
+            if step == self.schedule.total_steps:
+                break
+            if self.schedule.saves_at(step):
+                self._save(kept=True)
+            if result.stop:
+                if not self.schedule.saves_at(step):
+                    self._save(kept=False)
+                return Ending(True, self._state, "")
+        return Ending(False, self._state, self._save(kept=True, last=True))
+
+    def _timed(self, batches: Iterable[StepBatch]) -> Iterator[StepBatch]:
+        """The batches, each step's clock started before its batch is waited for."""
+        iterator = iter(batches)
+        while True:
+            self._meter.begin_step()
+            with self._meter.waiting_for_data():
+                batch = next(iterator, None)
+            if batch is None:
+                return
+            yield batch
+
+    def train_step(self, batch: StepBatch) -> StepResult:
+        """One optimizer step over a global batch (a collective call).
+
+        Raises:
+            JobError: loss or gradients are not finite; the weights are then as before the step (87).
+        """
+        seed_step(self._config.trainer.seed, batch.step, self._runtime.rank)
+        lr = learning_rate(self._config.optim, batch.step, self.schedule.total_steps)
+        set_learning_rate(self._optimizer, lr)
+        loss = self.accumulate(batch.micro_batches, batch.num_targets)
+        norm = gradient_norm(self._parameters, dist.group.WORLD)
+        flags = torch.stack([loss, loss.new_tensor(float(self._stop.signal != 0))])
+        dist.all_reduce(flags)
+        # The step's only wait for the device: loss and norm must be known to be finite before the weights move.
+        total, stops, grad_norm = torch.stack([*flags, norm.to(flags.dtype)]).tolist()
+        if not (math.isfinite(total) and math.isfinite(grad_norm)):
+            raise self._not_finite(batch, total, grad_norm)
+        clip = self._config.optim.clip_grad
+        if 0.0 < clip < grad_norm:
+            scale_gradients(self._parameters, norm.new_tensor(clip) / norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return StepResult(total, grad_norm, lr, stops > 0)
+
+    def accumulate(self, micro_batches: list[PackedBatch], num_targets: int) -> Tensor:
+        """Add up the gradients of a global batch (a collective call).
+
+        Args:
+            micro_batches: this rank's, as many as every other rank's.
+            num_targets: supervised tokens of the whole global batch, over all ranks.
+
+        Returns:
+            This rank's part of the global mean loss, scalar.
+        """
+        total = torch.zeros((), device=self._runtime.device)
+        for index, micro in enumerate(micro_batches):
+            set_gradient_sync(self._module, index == len(micro_batches) - 1)
+            loss = self._module(micro.to(self._runtime.device)) / num_targets
+            loss.backward()
+            total = total + loss.detach()
+        return total
+
+    def _advance(self, batch: StepBatch, result: StepResult) -> None:
+        done = batch.step + 1
+        per_epoch = self.schedule.steps_per_epoch
+        self._state = replace(
+            self._state,
+            step=done,
+            epoch=batch.epoch,
+            rows_done=(batch.step % per_epoch) * self._config.data.train_batch_size + len(batch.row_ids),
+            tokens=self._state.tokens + batch.num_tokens,
+            supervised_tokens=self._state.supervised_tokens + batch.num_targets,
+            loss=result.loss,
+        )
+        self._meter.end_step(tokens=batch.num_tokens, supervised_tokens=batch.num_targets, flops=self._flops(batch))
+
+    def _log_step(self, result: StepResult) -> None:
+        step = self._state.step
+        if self._logger is None or (step % self._config.trainer.log_freq and step != self.schedule.total_steps):
+            return
+        self._logger.log(
+            self._meter.record(
+                step=step,
+                epoch=step / self.schedule.steps_per_epoch,
+                loss=result.loss,
+                lr=result.lr,
+                grad_norm=result.grad_norm,
+                peak_bytes=peak_memory(self._runtime.device),
+            )
+        )
+
+    def _validate(self) -> None:
+        if self._evaluate is None:
+            return
+        loss = self._evaluate()
+        if self._logger is not None:
+            self._logger.log(validation_record(self._state.step, loss))
+
+    def _save(self, *, kept: bool, last: bool = False) -> str:
+        self._state = replace(self._state, kept=kept)
+        return self._checkpointer.save(self._state, last=last)
+
+    def _agree_to_stop(self) -> bool:
+        flag = torch.tensor([float(self._stop.signal != 0)], device=self._runtime.device)
+        dist.all_reduce(flag)
+        return bool(flag.item())
+
+    def _not_finite(self, batch: StepBatch, loss: float, norm: float) -> JobError:
+        rows = ", ".join(map(str, batch.row_ids[:16])) + (" ..." if len(batch.row_ids) > 16 else "")
+        newest = self._checkpointer.newest
+        return JobError(
+            ExitCode.NON_FINITE,
+            f"step {batch.step + 1}: loss {loss}, gradient norm {norm}: not finite, the step was not taken\n"
+            f"    rows of this batch: {rows}\n"
+            f"    fix: a lower optim.lr, a longer warm-up, or look at these rows; the run can go on from "
+            f"{newest or 'its last checkpoint'}",
+        )

@@ -1,0 +1,178 @@
+"""What the trained module computes: the same as plain transformers, each document alone, at every family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.tiny import save_model
+
+KINDS = ["qwen2", "qwen3", "llama", "gemma", "gemma2", "mistral"]
+
+
+def _module(folder: Path, ulysses: int = 1, dtype: str = "fp32", init: str = "pretrained", seed: int = 1):
+    from sft_job.config.schema import FsdpConfig, ModelConfig
+    from sft_job.model.build import build_model
+    from sft_job.model.precision import precision_of
+    from sft_job.parallel.mesh import build_mesh
+    from sft_job.runtime import start_runtime
+
+    runtime = start_runtime(60)
+    mesh = build_mesh("cpu", ulysses)
+    config = ModelConfig(partial_pretrain=str(folder), init=init, fsdp_config=FsdpConfig(model_dtype=dtype))
+    precision = precision_of(config.fsdp_config, "cpu")
+    return build_model(config, mesh, runtime.device, precision, seed, load=True)[0], mesh
+
+
+def _documents(lengths: list[int], seed: int = 0) -> list:
+    from sft_job.data.cache import TokenRow
+
+    random = np.random.default_rng(seed)
+    ids = [random.integers(3, 290, length).astype(np.int32) for length in lengths]
+    return [TokenRow(row, np.ones(len(row), dtype=bool)) for row in ids]
+
+
+def _logits(folder: Path, lengths: list[int], ulysses: int, seeds: list[int]) -> list[torch.Tensor]:
+    """Whole-sequence logits of packs, one for each seed of the last document."""
+    import torch.distributed as dist
+
+    from sft_job.data.batches import pack_rows
+
+    module, mesh = _module(folder, ulysses)
+    out = []
+    for seed in seeds:
+        rows = [*_documents(lengths[:-1]), *_documents(lengths[-1:], seed)]
+        batch = pack_rows(rows, ulysses, mesh.layout.ulysses_rank, 0)
+        with torch.no_grad():
+            module(batch)  # gathers the root's weights, which the lines below use
+            hidden = module.hidden(batch)[0]
+            head = module.lm.get_output_embeddings().weight
+            weight = head.full_tensor() if hasattr(head, "full_tensor") else head
+            logits = hidden @ weight.T
+        parts = [torch.empty_like(logits) for _ in range(ulysses)]
+        if mesh.ulysses is None:
+            parts = [logits]
+        else:
+            dist.all_gather(parts, logits, group=mesh.ulysses)
+        out.append(torch.cat(parts))
+    return out
+
+
+def _plain_loss_and_gradients(folder: Path, lengths: list[int]) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss sum and gradients by plain transformers with eager attention, one document after the other, in fp64."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+    total = torch.zeros((), dtype=torch.float64)
+    for row in _documents(lengths):
+        ids = torch.tensor(row.ids[None].astype(np.int64))
+        if ids.shape[1] > 1:
+            logits = model(ids).logits[0, :-1].double()
+            total = total + torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
+    total.backward()
+    return total.item(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def _loss_and_gradients(folder: Path, lengths: list[int], ulysses: int) -> tuple[float, dict[str, torch.Tensor]]:
+    import torch.distributed as dist
+
+    from sft_job.data.batches import pack_rows
+
+    module, mesh = _module(folder, ulysses, "fp64")
+    loss = module(pack_rows(_documents(lengths), ulysses, mesh.layout.ulysses_rank, 0))
+    loss.backward()
+    dist.all_reduce(total := loss.detach().clone())
+    names = {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in module.lm.named_parameters()}
+    return total.item(), {name: p.grad.full_tensor() for name, p in names.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_plain_transformers(tmp_path, ranks, kind) -> None:
+    folder = save_model(tmp_path / kind, kind)
+    lengths = [3, 41, 1, 17, 2]
+    expected, reference = ranks(1, _plain_loss_and_gradients, folder, lengths)[0]
+    loss, gradients = ranks(2, _loss_and_gradients, folder, lengths, 2)[0]
+    # Eager attention takes its softmax in fp32, Gemma its norms: no closer than that.
+    assert loss == pytest.approx(expected, rel=1e-6)
+    assert gradients.keys() == reference.keys()
+    for name, gradient in reference.items():
+        assert torch.allclose(gradients[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item()), name
+
+
+@pytest.mark.parametrize("ulysses", [1, 2])
+@pytest.mark.parametrize("kind", ["qwen3", "gemma2"])
+def test_packed_documents_do_not_see_each_other(tmp_path, ranks, kind, ulysses) -> None:
+    folder = save_model(tmp_path / kind, kind)
+    lengths = [5, 30, 1, 12]
+    one, other = ranks(ulysses, _logits, folder, lengths, ulysses, [1, 2])[0]
+    kept = sum(lengths[:-1])
+    assert torch.equal(one[:kept], other[:kept])
+    assert not torch.equal(one[kept : kept + lengths[-1]], other[kept : kept + lengths[-1]])
+
+
+def _random_weights(folder: Path, ulysses: int, seed: int) -> dict[str, torch.Tensor]:
+    module, _ = _module(folder, ulysses, init="random", seed=seed)
+    return {name: p.full_tensor() for name, p in module.lm.state_dict().items()}
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma"])
+def test_random_init_is_the_same_at_every_layout(tmp_path, ranks, kind) -> None:
+    folder = save_model(tmp_path / kind, kind)
+    (folder / "model.safetensors").unlink()
+    alone = ranks(1, _random_weights, folder, 1, 1)[0]
+    four = ranks(4, _random_weights, folder, 2, 1)[0]
+    other = ranks(1, _random_weights, folder, 1, 2)[0]
+    assert alone.keys() == four.keys()
+    assert all(torch.equal(four[name], weight) for name, weight in alone.items())
+    projection = "model.layers.1.self_attn.q_proj.weight"
+    assert not torch.equal(other[projection], alone[projection])
+    assert alone[projection].std().item() == pytest.approx(0.02, rel=0.1)
+    # Gemma's norms multiply by 1 + weight.
+    assert alone["model.norm.weight"].unique().tolist() == [0.0 if kind == "gemma" else 1.0]
+
+
+def _load_error(folder: Path) -> tuple[int, str]:
+    from sft_job.errors import JobError
+
+    try:
+        _module(folder)
+    except JobError as error:
+        return int(error.code), str(error)
+    return 0, ""
+
+
+def test_weights_in_several_files(tmp_path, ranks) -> None:
+    one = save_model(tmp_path / "one", "qwen2")
+    many = save_model(tmp_path / "many", "qwen2", file_size="20KB")
+    assert len(list(many.glob("*.safetensors"))) > 2
+    expected = ranks(1, _loss_and_gradients, one, [9, 4], 1)[0][0]
+    assert ranks(2, _loss_and_gradients, many, [9, 4], 2)[0][0] == pytest.approx(expected, rel=1e-12)
+
+
+def test_missing_weights_are_named(tmp_path, ranks) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = save_model(tmp_path / "model", "qwen2")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    code, message = ranks(1, _load_error, folder)[0]
+    assert code == 66
+    assert "model.layers.1.mlp.up_proj.weight" in message
+
+
+def test_unsupported_models_are_refused_by_name(tmp_path, ranks) -> None:
+    from transformers import Qwen3Config, Qwen3MoeConfig
+
+    folder = save_model(tmp_path / "model", "qwen3")
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    Qwen3Config.from_pretrained(folder, rope_parameters=rope).save_pretrained(folder)
+    assert ranks(1, _load_error, folder)[0][0] == 2
+    assert "rope_type 'dynamic'" in ranks(1, _load_error, folder)[0][1]
+    Qwen3MoeConfig(num_hidden_layers=2, num_experts=4).save_pretrained(folder)
+    code, message = ranks(1, _load_error, folder)[0]
+    assert code == 2
+    assert "qwen3_moe is a mixture of experts (num_experts: 4)" in message

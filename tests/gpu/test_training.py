@@ -1,0 +1,120 @@
+"""The job on real GPUs: the curve of the CPU within bf16, Ulysses and FSDP2 over two cards, equal twins."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny import save_model, write_rows
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+SEED_YAML = Path(__file__).parents[1] / "golden" / "seed_sft_trainer.yaml"
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    save_model(folder / "model", "qwen3", hidden_size=256, intermediate_size=512, head_dim=32, num_attention_heads=8)
+    write_rows(folder / "train.parquet", 64)
+    write_rows(folder / "val.parquet", 8, seed=1)
+    return folder
+
+
+def train(
+    inputs: Path, run: Path, *overrides: str, ranks: int = 1, devices: str | None = None
+) -> tuple[list[dict], dict]:
+    """Losses by step and the outcome of a real run."""
+    settings = {
+        "data.train_files": inputs / "train.parquet",
+        "data.val_files": inputs / "val.parquet",
+        "data.max_length": 256,
+        "model.partial_pretrain": inputs / "model",
+        "model.fsdp_config.model_dtype": "fp32",
+        "optim.lr": "1e-3",
+        "trainer.total_training_steps": STEPS,
+        "trainer.logger": "[]",
+        "ulysses_sequence_parallel_size": 1,
+    }
+    words = [f"{key}={value}" for key, value in settings.items()]
+    environment = os.environ | {"NPROC_PER_NODE": str(ranks), "CHECKPOINT_DIR": str(run)}
+    if devices is not None:
+        environment |= {"CUDA_VISIBLE_DEVICES": devices}
+    result = subprocess.run(
+        [sys.executable, "-m", "sft_job.cli", "train", str(SEED_YAML), *words, *overrides],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    log = run / "sft" / "logs" / "rank_0.log"
+    assert result.returncode == 0, result.stderr + (log.read_text() if log.exists() else "")
+    lines = [json.loads(line) for line in (run / "sft" / "logs" / "metrics.jsonl").read_text().splitlines()]
+    print(
+        run.name,
+        result.stdout.split("attention: ")[-1].splitlines()[0],
+        [round(x.get("train/loss", 0), 4) for x in lines],
+    )
+    return lines, json.loads((run / "sft" / "logs" / "outcome.json").read_text())
+
+
+def losses(lines: list[dict]) -> list[float]:
+    return [line["train/loss"] for line in lines if "train/loss" in line]
+
+
+@pytest.fixture(scope="module")
+def on_cpu(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    return losses(train(inputs, tmp_path_factory.mktemp("cpu"), devices="")[0])
+
+
+def assert_close(found: list[float], expected: list[float]) -> None:
+    assert len(found) == STEPS
+    assert found == pytest.approx(expected, rel=0.02)
+    assert sum(found[-3:]) < 0.9 * sum(found[:3])
+
+
+def test_one_gpu_follows_the_cpu(inputs, tmp_path, on_cpu) -> None:
+    lines, _ = train(inputs, tmp_path / "gpu")
+    assert_close(losses(lines), on_cpu)
+    assert lines[-2]["memory/peak_gib"] > 0
+    assert 0 < lines[-2]["perf/mfu"] < 1
+
+
+def test_one_gpu_in_fp32_is_closer(inputs, tmp_path, on_cpu) -> None:
+    found = losses(train(inputs, tmp_path / "gpu", "model.fsdp_config.dtype=fp32")[0])
+    assert found == pytest.approx(on_cpu, rel=1e-3)
+
+
+def test_bf16_weights(inputs, tmp_path, on_cpu) -> None:
+    found = losses(train(inputs, tmp_path / "gpu", "model.fsdp_config.model_dtype=bf16")[0])
+    assert found[0] == pytest.approx(on_cpu[0], rel=0.01)
+    assert sum(found[-3:]) < 0.95 * sum(found[:3])
+
+
+def test_deterministic_twins(inputs, tmp_path) -> None:
+    twins = [train(inputs, tmp_path / name, "trainer.deterministic=true")[1] for name in ("one", "two")]
+    assert twins[0]["weights_sha256"] == twins[1]["weights_sha256"]
+
+
+@pytest.mark.multigpu
+@two_gpus
+@pytest.mark.parametrize("ulysses", [1, 2])
+def test_two_gpus_follow_the_cpu(inputs, tmp_path, on_cpu, ulysses) -> None:
+    lines, _ = train(inputs, tmp_path / "gpu", f"ulysses_sequence_parallel_size={ulysses}", ranks=2)
+    assert_close(losses(lines), on_cpu)
+
+
+@pytest.mark.multigpu
+@two_gpus
+def test_two_gpus_go_on_as_one(inputs, tmp_path, on_cpu) -> None:
+    run = tmp_path / "run"
+    train(inputs, run, "trainer.total_training_steps=10", "optim.lr_scheduler=constant", ranks=2)
+    lines, _ = train(inputs, run, "optim.lr_scheduler=constant", ranks=1)
+    assert len(losses(lines)) == STEPS

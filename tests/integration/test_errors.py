@@ -1,0 +1,101 @@
+"""Wrong input: one screen with everything that is wrong, the right exit code, never a traceback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def test_all_problems_at_once(job, tmp_path) -> None:
+    result = job(
+        "data.train_files=/nowhere/train.parquet",
+        "model.partial_pretrain=/nowhere/model",
+        "optim.lrr=1",
+        "data.truncation=middle",
+        "data.train_batch_size=eight",
+    )
+    assert result.returncode == 2
+    for part in ("/nowhere/train.parquet", "/nowhere/model", "optim.lrr", "middle", "eight"):
+        assert part in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "ckpt").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "shown"),
+    [
+        ("data.train_files=/nowhere/train.parquet", 65, "/nowhere/train.parquet"),
+        ("data.prompt_key=question", 65, "question"),
+        ("model.partial_pretrain=/nowhere/model", 66, "/nowhere/model"),
+        ("ulysses_sequence_parallel_size=3", 2, "ulysses_sequence_parallel_size"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["train", "check"])
+def test_exit_codes(job, override, code, shown, verb) -> None:
+    result = job(override, verb=verb)
+    assert result.returncode == code, result.stderr
+    assert shown in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_rows_that_are_wrong(job, tmp_path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"prompt": ["a", None], "response": ["b", "c"]}), tmp_path / "bad.parquet")
+    for verb in ("train", "check"):
+        result = job(f"data.train_files={tmp_path}/bad.parquet", verb=verb)
+        assert result.returncode == 65, result.stderr
+        assert "row 1" in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_overlong_rows_under_error(job) -> None:
+    result = job("data.max_length=20", "data.truncation=error")
+    assert result.returncode == 65
+    assert "longer than 20 tokens" in result.stderr
+
+
+def test_damaged_weights(job, inputs, tmp_path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in (inputs / "qwen3").iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    result = job(f"model.partial_pretrain={broken}")
+    assert result.returncode == 66
+    assert "Traceback" not in result.stderr
+
+
+def test_check_of_a_good_config(job) -> None:
+    result = job(verb="check")
+    assert result.returncode == 0, result.stderr
+    assert "ready to train" in result.stdout
+    assert "of 13 rows looked at" in result.stdout
+    assert not job.run.exists()
+
+
+def test_without_any_config(tmp_path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "sft_job.cli", "train"],
+        env={"PATH": "/usr/bin", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
+    assert result.returncode == 2
+    assert "CONFIG_PATH" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_version() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "sft_job.cli", "--version"], capture_output=True, text=True, check=False
+    )
+    assert result.stdout.startswith("sft-job 0.")
+    assert "commit" in result.stdout

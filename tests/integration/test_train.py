@@ -1,0 +1,236 @@
+"""`sft-job train` as users start it: the run folder, the exit codes, what is on the screen."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import Job, end
+
+
+def outcome(job: Job) -> dict:
+    return json.loads((job.run / "logs" / "outcome.json").read_text())
+
+
+def metrics(job: Job) -> list[dict]:
+    return [json.loads(line) for line in (job.run / "logs" / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def done(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, str]:
+    """A finished run over two ranks with Ulysses 2, and what it showed."""
+    job = Job(inputs, tmp_path_factory.mktemp("done"))
+    result = job("ulysses_sequence_parallel_size=2", NPROC_PER_NODE="2")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    return job, result.stdout
+
+
+def test_the_screen(done) -> None:
+    _, screen = done
+    assert "2 ranks on 1 node(s)" in screen
+    assert "trainer.total_epochs = 2" in screen
+    assert "(seed_sft_trainer.yaml:60)" in screen
+    assert "a response ends with '<|im_end|>'" in screen
+    assert "step 4/4  100%" in screen
+    assert "validation loss" in screen
+    assert "Traceback" not in screen
+
+
+def test_the_run_folder(done) -> None:
+    job, _ = done
+    record = outcome(job)
+    assert (record["code"], record["reason"], record["step"]) == (0, "done", 4)
+    assert len(record["weights_sha256"]) == 64
+    final = job.run / "checkpoints" / "final"
+    assert final.is_symlink()
+    assert {path.name for path in (final / "huggingface").iterdir()} >= {"model.safetensors", "tokenizer.json"}
+    assert (job.run / "checkpoints" / "latest").read_text() == "global_step_4"
+    assert "partial_pretrain" in (job.run / "logs" / "config.yaml").read_text()
+    assert json.loads((job.run / "logs" / "data_report.json").read_text())["train"]["rows_read"] == 13
+    hidden = [path for path in (job.run / "checkpoints").iterdir() if path.name.startswith(".")]
+    assert hidden == []
+
+
+def test_the_metrics(done) -> None:
+    job, _ = done
+    steps = [line for line in metrics(job) if "train/loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    assert steps[-1].keys() == {
+        "step",
+        "epoch",
+        "train/loss",
+        "train/lr",
+        "train/grad_norm",
+        "train/tokens",
+        "train/supervised_tokens",
+        "perf/tokens_per_second_per_gpu",
+        "perf/model_tflops_per_gpu",
+        "perf/mfu",
+        "perf/step_seconds",
+        "perf/data_wait_seconds",
+        "memory/peak_gib",
+    }
+    assert [line["step"] for line in metrics(job) if "val/loss" in line] == [4]
+
+
+def test_the_export_gives_the_same_loss_in_plain_transformers(done) -> None:
+    """Validation in the job and in plain transformers: the same rows, the same labels, the same weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from sft_job.data.cache import open_cache
+
+    job, _ = done
+    folder = job.run / "checkpoints" / "final" / "huggingface"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    rows = open_cache(next((job.run / "cache").glob("val-*")))
+    total = 0.0
+    with torch.no_grad():
+        for index in range(rows.num_rows):
+            row = rows.row(index)
+            ids = torch.tensor(row.ids[None].astype("int64"))
+            losses = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
+            total += losses[torch.tensor(row.trained[1:])].sum().item()
+    assert total / int(rows.targets.sum()) == pytest.approx(metrics(job)[-1]["val/loss"], rel=1e-5)
+
+
+def test_generation_stops_where_training_ended_turns(done) -> None:
+    from transformers import AutoTokenizer, GenerationConfig
+
+    job, _ = done
+    folder = job.run / "checkpoints" / "final" / "huggingface"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    stops = GenerationConfig.from_pretrained(folder).eos_token_id
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in (stops if isinstance(stops, list) else [stops])
+    assert tokenizer.chat_template
+
+
+def test_done_twice_is_done_and_writes_nothing(done) -> None:
+    job, _ = done
+    before = {path: path.stat().st_mtime_ns for path in job.run.rglob("*")}
+    again = job("ulysses_sequence_parallel_size=2", NPROC_PER_NODE="2")
+    assert again.returncode == 0
+    assert "already done" in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in job.run.rglob("*")} == before
+
+
+def test_export_command(done, tmp_path) -> None:
+    import subprocess
+    import sys
+
+    from safetensors.torch import load_file
+
+    job, _ = done
+    command = [sys.executable, "-m", "sft_job.cli", "export", str(job.run), str(tmp_path / "out")]
+    first = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert first.returncode == 0, first.stderr
+    mine = load_file(tmp_path / "out" / "model.safetensors")
+    live = load_file(job.run / "checkpoints" / "final" / "huggingface" / "model.safetensors")
+    assert mine.keys() == live.keys()
+    assert all((mine[name] == live[name]).all() for name in live)
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 73
+    assert "is not empty" in again.stderr
+
+
+def wait_for_step(job: Job, step: int, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    path = job.run / "logs" / "metrics.jsonl"
+    while not (path.exists() and f'"step": {step},' in path.read_text()):
+        assert time.monotonic() < deadline, "the run did not get that far"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_saves_and_the_next_start_goes_on(job, number) -> None:
+    long = "trainer.total_epochs=200"
+    process = job.start(long, NPROC_PER_NODE="2")
+    try:
+        wait_for_step(job, 2)
+        # As Ctrl-C does it: to the whole process group of the command.
+        os.killpg(process.pid, number)
+        _, error = process.communicate(timeout=60)
+    finally:
+        end(process)
+    assert process.returncode == 143
+    assert "run it again to go on from global_step_" in error
+    assert "Traceback" not in error
+    record = outcome(job)
+    assert (record["code"], record["reason"]) == (143, "stopped")
+    saved = record["step"]
+    assert saved >= 2
+
+    finish = job(
+        f"trainer.total_training_steps={saved + 2}",
+        "trainer.allow_changed=[trainer.total_training_steps,trainer.total_epochs]",
+    )
+    assert finish.returncode == 0, finish.stderr
+    assert outcome(job)["restarts"] == [{"cause": "stopped", "step": saved}]
+    steps = [line["step"] for line in metrics(job) if "train/loss" in line]
+    assert steps == list(range(1, saved + 3))
+
+
+def test_a_killed_rank_ends_the_others(job) -> None:
+    process = job.start("trainer.total_epochs=200", NPROC_PER_NODE="2")
+    try:
+        wait_for_step(job, 2)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(children) == 2
+        os.kill(int(children[1]), signal.SIGKILL)
+        _, error = process.communicate(timeout=60)
+    finally:
+        end(process)
+    assert process.returncode == 137
+    assert "rank 1 was killed by SIGKILL" in error
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+def test_under_torchrun(job) -> None:
+    """The worker runs without our supervisor too."""
+    import subprocess
+    import sys
+
+    command = job.command("trainer.total_training_steps=2")[4:]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = subprocess.run(
+        [*torchrun, "-m", "sft_job.train", *command],
+        env=job.variables(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert [line["step"] for line in metrics(job) if "train/loss" in line] == [1, 2]
+
+
+def test_non_finite_loss(job, inputs, tmp_path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in (inputs / "qwen3").iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    result = job(f"model.partial_pretrain={broken}")
+    assert result.returncode == 87
+    assert "step 1: loss nan" in result.stderr
+    assert "rows of this batch" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert outcome(job)["code"] == 87
+
+
+def test_unwritable_run_folder(job) -> None:
+    job.root.joinpath("ckpt").write_text("a file where the folder should be")
+    result = job()
+    assert result.returncode == 73
+    assert "cannot be written" in result.stderr
+    assert "Traceback" not in result.stderr
