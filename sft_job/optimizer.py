@@ -67,12 +67,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 @torch.no_grad()
-def gradient_norm(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> Tensor:
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """L2 norm over all gradients of all ranks, accumulated in at least fp32 (a collective call).
 
     Args:
-        parameters: sharded over ``group``.
-        group: the ranks that hold the shards.
+        parameters: sharded over all ranks.
 
     Returns:
         Scalar tensor on the parameters' device, the same on every rank.
@@ -84,7 +83,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) 
             wide = torch.promote_types(grad.dtype, torch.float32)
             squares.append(torch.linalg.vector_norm(grad, dtype=wide).square())
     total = torch.stack(squares).sum()
-    dist.all_reduce(total, group=group)
+    dist.all_reduce(total)
     return total.sqrt()
 
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from rich.console import Console
 
@@ -44,9 +47,15 @@ class _Progress:
             self._console.print("waiting for another process that tokenises the same rows", highlight=False)
 
 
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(ExitCode.STOPPED)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prepare one run; the exit code of what happened, its message in the report folder."""
     logging.basicConfig(level=logging.WARNING)
+    # As an exception the signal unwinds the building, which then removes its unfinished folder.
+    signal.signal(signal.SIGTERM, _leave)
     reports = Path(os.environ[Env.REPORT_DIR])
     (resolved,) = sys.argv[1:] if arguments is None else arguments
     try:

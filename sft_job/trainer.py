@@ -168,7 +168,7 @@ class Trainer:
         lr = learning_rate(self._config.optim, batch.step, self.schedule.total_steps)
         set_learning_rate(self._optimizer, lr)
         loss = self.accumulate(batch.micro_batches, batch.num_targets)
-        norm = gradient_norm(self._parameters, dist.group.WORLD)
+        norm = gradient_norm(self._parameters)
         flags = torch.stack([loss, loss.new_tensor(float(self._stop.signal != 0))])
         dist.all_reduce(flags)
         # The step's only wait for the device: loss and norm must be known to be finite before the weights move.

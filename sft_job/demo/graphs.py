@@ -118,15 +118,22 @@ def _ask(kind: str, graph: Graph, start: str, goal: str) -> tuple[str, str, str]
     if kind == "degree":
         return f"What is the degree of {start}?", touching, str(len(graph[start]))
     if kind == "edge":
-        return f"Is there an edge between {start} and {goal}?", touching, "yes" if goal in graph[start] else "no"
-    came_from, work = _search(graph, start), _search_text(graph, start, goal)
+        work, answer = _found(touching, goal, goal in graph[start])
+        return f"Is there an edge between {start} and {goal}?", work, answer
+    came_from, search = _search(graph, start), _search_text(graph, start, goal)
     if kind == "connected":
-        return f"Is {goal} connected to {start}?", work, "yes" if goal in came_from else "no"
+        work, answer = _found(search, goal, goal in came_from)
+        return f"Is {goal} connected to {start}?", work, answer
     path = [goal]
     while path[-1] != start:
         path.append(came_from[path[-1]])
-    work += "\nBack: " + " ".join(path)
+    work = f"{search}\nBack: {' '.join(path)}"
     return f"What is the shortest path from {start} to {goal}?", work, "-".join(reversed(path))
+
+
+def _found(work: str, goal: str, there: bool) -> tuple[str, str]:
+    """Work with its conclusion, and the answer."""
+    return f"{work}\nFound: {goal if there else 'none'}", "yes" if there else "no"
 
 
 def _listed(nodes: Sequence[str]) -> str:

@@ -25,7 +25,7 @@ def write_base_model(tokenizer: PreTrainedTokenizerBase, folder: Path, seed: int
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=16,
+        head_dim=32,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         initializer_range=0.1,  # at this width the usual 0.02 takes many more steps to start learning

@@ -29,6 +29,7 @@ HELD_OUT_ROWS = 200
 SEED = 1
 RANKS = 2
 SAMPLE_KINDS = ("neighbours", "path")
+UNDECODABLE = "\N{REPLACEMENT CHARACTER}"
 # It marks a folder as the demo's own, which a second run may replace.
 MARKER = ".sft-job-demo"
 
@@ -91,7 +92,7 @@ def run_demo(
         sys.stderr.write(f"{folder}: not empty, and not made by the demo\n    fix: name another folder\n")
         return ExitCode.CANNOT_CREATE
 
-    _heading(console, f"1. Input: {train_rows:,} graph problems, a tokenizer and a small model with random weights")
+    _heading(console, f"1. Input: {train_rows:,} graph problems, a tokenizer, a small model of random weights")
     problems = make_input(paths, train_rows, held_out_rows, console)
     _heading(console, f"2. Before training: {held_out_rows} held-out problems")
     before = score(paths.base_model, problems)
@@ -197,10 +198,10 @@ def _quoted(text: str) -> Text:
 
 
 def _show_sample(console: Console, problem: GraphProblem, before: str, after: str) -> None:
-    shown = " ".join(before.split())
+    shown = "".join(c if c.isprintable() and c != UNDECODABLE else "·" for c in before)
     console.print()
     console.print(_quoted(problem.prompt))
-    console.print(Text.assemble(("before: ", "bold"), textwrap.shorten(shown, 70, placeholder=" ...") or "(nothing)"))
+    console.print(Text.assemble(("before: ", "bold"), f"{shown[:60]} ..." if len(shown) > 60 else shown))
     console.print(Text.assemble(("after:", "bold"), f"  (expected: {problem.answer})"))
     console.print(_quoted(after))
 
@@ -217,11 +218,12 @@ def _show_paths(console: Console, paths: DemoFolder, seconds: float) -> None:
     for name, path in rows:
         console.print(Text(f"  {name:<14} {path}"), soft_wrap=True)
     console.print()
-    console.print("The same on your own data (parquet with the columns prompt and response) and base model:")
+    console.print("The same with your own sft_trainer.yaml, parquet files and base model:")
     console.print(
         Text(
-            "  sft-job train data.train_files=train.parquet data.val_files=val.parquet \\\n"
-            "    model.partial_pretrain=/path/to/base-model trainer.default_local_dir=my-run"
+            "  sft-job train sft_trainer.yaml data.train_files=train.parquet \\\n"
+            "    data.val_files=val.parquet model.partial_pretrain=/path/to/base-model \\\n"
+            "    trainer.default_local_dir=my-run"
         ),
         soft_wrap=True,
     )

@@ -111,7 +111,7 @@ class ConsoleLogger:
         step = record["step"]
         parts = {
             "step": f"{step}/{self._total}",
-            "share": f"{100 * step / max(self._total, 1):.0f}%",
+            "share": f"{100 * step // max(self._total, 1)}%",
             "eta": f"eta {_duration(self._seconds_left(step))}",
             "loss": f"loss {_number(record['train/loss'], '.4f')}",
             "lr": f"lr {_number(record.get('train/lr'), '.1e')}",

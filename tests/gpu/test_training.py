@@ -57,11 +57,7 @@ def train(
     log = run / "sft" / "logs" / "rank_0.log"
     assert result.returncode == 0, result.stderr + (log.read_text() if log.exists() else "")
     lines = [json.loads(line) for line in (run / "sft" / "logs" / "metrics.jsonl").read_text().splitlines()]
-    print(
-        run.name,
-        result.stdout.split("attention: ")[-1].splitlines()[0],
-        [round(x.get("train/loss", 0), 4) for x in lines],
-    )
+    sys.stdout.write(f"{overrides} {ranks} ranks: {[round(loss, 3) for loss in losses(lines)]}\n")  # with -s
     return lines, json.loads((run / "sft" / "logs" / "outcome.json").read_text())
 
 

@@ -77,6 +77,15 @@ def test_worked_steps_are_right(problems: list[GraphProblem]) -> None:
             found |= listed
 
 
+def test_conclusions_are_right(problems: list[GraphProblem]) -> None:
+    concluded = [problem for problem in problems if "\nFound: " in problem.response]
+    assert {problem.kind for problem in concluded} == {"edge", "connected"}
+    for problem in concluded:
+        goal = asked_nodes(problem)[0 if problem.kind == "connected" else 1]
+        found = problem.response.splitlines()[-2].removeprefix("Found: ")
+        assert found == (goal if problem.answer == "yes" else "none")
+
+
 def test_response_ends_with_the_answer(problems: list[GraphProblem]) -> None:
     for problem in problems:
         assert problem.response.endswith(f"\nAnswer: {problem.answer}")

@@ -80,7 +80,7 @@ def test_second_run_replaces_the_first(tmp_path: Path, monkeypatch: pytest.Monke
     shown = out.file.getvalue()  # type: ignore[attr-defined]
     assert "[not markup]" in shown
     assert str(folder / "run" / "checkpoints" / "final" / "huggingface") in shown
-    assert "sft-job train data.train_files=" in shown
+    assert "sft-job train sft_trainer.yaml data.train_files=" in shown
 
 
 @pytest.mark.usefixtures("_small")
