@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from sft_job import __version__
+from sft_job.config.keys import keys_table
 from sft_job.contract import ExitCode
 from sft_job.errors import JobError
 from sft_job.version import commit
@@ -99,6 +100,12 @@ def export(
         typer.echo(str(error), err=True)
         raise typer.Exit(error.code) from error
     typer.echo(f"wrote {output}")
+
+
+@app.command()
+def keys() -> None:
+    """List every setting as a Markdown table: its default and what it does, or why it does nothing."""
+    typer.echo(keys_table(), nl=False)
 
 
 @app.command()

@@ -22,7 +22,6 @@ SAFE_KEYS = frozenset(
         "data.cache_dir",
         "data.num_workers",
         "data.use_shm",
-        "data.micro_batch_size",
         "data.micro_batch_size_per_gpu",
         "data.use_dynamic_bsz",
         "data.max_token_len_per_gpu",

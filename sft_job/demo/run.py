@@ -201,9 +201,16 @@ def _show_sample(console: Console, problem: GraphProblem, before: str, after: st
     shown = "".join(c if c.isprintable() and c != UNDECODABLE else "·" for c in before)
     console.print()
     console.print(_quoted(problem.prompt))
-    console.print(Text.assemble(("before: ", "bold"), f"{shown[:60]} ..." if len(shown) > 60 else shown))
-    console.print(Text.assemble(("after:", "bold"), f"  (expected: {problem.answer})"))
+    console.print(Text.assemble(("before:", "bold"), f" {shown[:60]} ..." if len(shown) > 60 else f" {shown}"))
+    console.print(Text.assemble(("after", "bold"), f" (the answer is {problem.answer}):"))
     console.print(_quoted(after))
+
+
+def _sft_job() -> str:
+    """How this user calls the command: by its path where the environment that holds it is not active."""
+    here = Path(sys.executable).with_name("sft-job")
+    on_path = shutil.which("sft-job")
+    return "sft-job" if on_path and Path(on_path).resolve() == here.resolve() else os.path.relpath(here)
 
 
 def _show_paths(console: Console, paths: DemoFolder, seconds: float) -> None:
@@ -221,7 +228,7 @@ def _show_paths(console: Console, paths: DemoFolder, seconds: float) -> None:
     console.print("The same with your own sft_trainer.yaml, parquet files and base model:")
     console.print(
         Text(
-            "  sft-job train sft_trainer.yaml data.train_files=train.parquet \\\n"
+            f"  {_sft_job()} train sft_trainer.yaml data.train_files=train.parquet \\\n"
             "    data.val_files=val.parquet model.partial_pretrain=/path/to/base-model \\\n"
             "    trainer.default_local_dir=my-run"
         ),

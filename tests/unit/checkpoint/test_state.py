@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from sft_job.checkpoint.state import LENGTH_KEYS, SAFE_KEYS, RunState, compare_config, flat_config, read_state
+from sft_job.config.fields import leaf_fields
+from sft_job.config.schema import JobConfig
+
+
+def state_of(config: JobConfig) -> RunState:
+    saved = json.loads(json.dumps(flat_config(config)))
+    return RunState(1, 9, 0, 4, 100, 50, 2.0, 1, 1, "d", "m", saved, True, "0")
+
+
+def test_an_equal_config_has_no_changes() -> None:
+    config = JobConfig()
+    config.data.train_files = ["a", "b"]
+    config.data.apply_chat_template_kwargs = {"enable_thinking": False}
+    changes = compare_config(state_of(config), config)
+    assert (changes.refused, changes.longer, changes.safe) == ((), (), ())
+
+
+def test_the_lists_name_only_settings_that_exist() -> None:
+    assert SAFE_KEYS | set(LENGTH_KEYS) <= set(leaf_fields())
+
+
+def test_every_setting_is_sorted_somewhere() -> None:
+    """Each setting changed alone is either safe or refused; a new field is refused until somebody decides."""
+    for key in leaf_fields():
+        config = JobConfig()
+        saved = state_of(config)
+        saved.config[key] = "something else"
+        changes = compare_config(saved, config) if key not in LENGTH_KEYS else None
+        if changes is not None:
+            named = changes.safe if key in SAFE_KEYS else changes.refused
+            assert [change.key for change in named] == [key]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "longer"),
+    [((2, None), (3, None), True), ((2, None), (1, None), False), ((2, 10), (2, 12), True), ((2, 10), (2, None), True),
+     ((2, 10), (2, 9), False), ((2, None), (2, 5), False)],
+)  # fmt: skip
+def test_length(old, new, longer) -> None:
+    before, after = JobConfig(), JobConfig()
+    before.trainer.total_epochs, before.trainer.total_training_steps = old
+    after.trainer.total_epochs, after.trainer.total_training_steps = new
+    changes = compare_config(state_of(before), after)
+    assert bool(changes.longer) is longer
+    assert bool(changes.refused) is not longer
+
+
+def test_allowed_by_name_or_by_section() -> None:
+    before, after = JobConfig(), JobConfig()
+    after.optim.lr = 3.0
+    for names in (["optim.lr"], ["optim"]):
+        after.trainer.allow_changed = names
+        assert compare_config(state_of(before), after).refused == ()
+    after.trainer.allow_changed = ["optim.l"]
+    assert [change.key for change in compare_config(state_of(before), after).refused] == ["optim.lr"]
+
+
+def test_round_trip(tmp_path) -> None:
+    state = state_of(JobConfig())
+    (tmp_path / "state.json").write_text(state.to_json())
+    assert read_state(tmp_path) == dataclasses.replace(state, config=read_state(tmp_path).config)
+    (tmp_path / "state.json").write_text('{"step": 1}')
+    with pytest.raises(ValueError, match=r"state\.json"):
+        read_state(tmp_path)
