@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from sft_job.checkpoint.start import find_start
 from sft_job.config.load import origins_text, run_folder
 from sft_job.config.resolve import Resolution, resolve
 from sft_job.config.schema import JobConfig
@@ -19,6 +20,8 @@ from sft_job.data.files import check_data
 from sft_job.data.sample import check_sample
 from sft_job.data.spec import CacheSpec, cache_spec
 from sft_job.errors import JobError, Problem, ProblemsError, problems_text, worst_code
+from sft_job.model.supported import check_architecture
+from sft_job.supervisor import with_origin
 
 SAMPLE_ROWS = 1000
 ALL_ROWS = sys.maxsize
@@ -52,7 +55,9 @@ def check_job(
         if loaded.config.data.train_files:
             problems += check_data(loaded.config)
     table = Table(box=None, show_header=False, pad_edge=False)
+    problems = [with_origin(problem, loaded) for problem in problems]
     if not problems:
+        problems += _check_start(loaded.config)
         table.add_row("layout", _layout_text(resolution))
         for split in ("train", "val"):
             problems += _check_split(loaded.config, split, table, full)
@@ -72,6 +77,18 @@ def _layout_text(resolution: Resolution) -> str:
     model = resolution.model
     kind = f", {model.model_type}: {model.num_hidden_layers} blocks" if model else ""
     return f"{world} ranks = {world // ulysses} data-parallel x {ulysses} ulysses{kind}"
+
+
+def _check_start(config: JobConfig) -> list[Problem]:
+    """The architecture, and what the run folder holds."""
+    try:
+        check_architecture(config.model)
+        find_start(config, run_folder(config))
+    except ProblemsError as error:
+        return list(error.problems)
+    except JobError as error:
+        return [Problem(error.code, "run", str(error))]
+    return []
 
 
 def _check_split(config: JobConfig, split: str, table: Table, full: bool) -> list[Problem]:

@@ -90,12 +90,13 @@ def export(
     output: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],
     dtype: Annotated[str | None, typer.Option(help="bf16, fp32 or fp64; default: as trained.")] = None,
     base: Annotated[Path | None, typer.Option(help="Base model folder, if it has moved.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Of a LoRA run: base and adapters in one model.")] = False,
 ) -> None:
     """Write a checkpoint as a folder that Transformers loads."""
     from sft_job.export import export_checkpoint  # noqa: PLC0415  imports torch
 
     try:
-        export_checkpoint(checkpoint, output, dtype, base)
+        export_checkpoint(checkpoint, output, dtype, base, merge=merge)
     except JobError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(error.code) from error

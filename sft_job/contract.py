@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,9 @@ class Env:
     COMMIT = "SFT_JOB_COMMIT"
     """Set in the image: the commit it was built from, shown by ``--version``."""
 
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+"""Each of them asks the job to save and leave; USR1 and USR2 are schedulers' warnings, HUP is a lost terminal."""
 
 DEFAULT_CONFIG_NAME = "sft_trainer.yaml"
 STEP_PREFIX = "global_step_"
@@ -104,6 +108,10 @@ class RunFolder:
     @property
     def wandb(self) -> Path:
         return self.root / "wandb"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
 
 
 def step_of(folder: Path) -> int | None:

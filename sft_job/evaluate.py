@@ -9,17 +9,21 @@ import torch.distributed as dist
 from torch import nn
 
 from sft_job.data.batches import BatchLoader
+from sft_job.runtime import StopWish, agree
 
 
 @torch.no_grad()
-def validation_loss(module: nn.Module, loader: BatchLoader, batches: int, device: torch.device) -> float:
-    """Token-weighted mean loss over all rows (a collective call).
+def validation_loss(
+    module: nn.Module, loader: BatchLoader, batches: int, device: torch.device, stop: StopWish
+) -> float | None:
+    """Token-weighted mean loss over all rows (a collective call); None where some rank was asked to stop in between.
 
     Args:
         module: its forward gives the loss sum of a packed batch; left in training mode.
         loader: this rank's share of every row, each once.
         batches: how many there are.
         device: where the module computes.
+        stop: this rank's wish to stop.
     """
     total = torch.zeros((), device=device, dtype=torch.float64)
     targets = 0
@@ -29,6 +33,11 @@ def validation_loss(module: nn.Module, loader: BatchLoader, batches: int, device
             targets += batch.num_targets
             for micro in batch.micro_batches:
                 total += module(micro.to(device))
+            if agree(stop.signal != 0, device):
+                targets = 0
+                break
     module.train()
+    if targets == 0:
+        return None
     dist.all_reduce(total)
     return total.item() / targets

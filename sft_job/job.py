@@ -11,33 +11,32 @@ from pathlib import Path
 import torch
 
 from sft_job import __version__
-from sft_job.checkpoint.checkpointer import Checkpointer
+from sft_job.checkpoint.checkpointer import ADAPTER, HUGGINGFACE, Checkpointer
 from sft_job.checkpoint.distributed import load_tensors, on_first_rank
-from sft_job.checkpoint.huggingface import whole_tensors, write_companions, write_weights
-from sft_job.checkpoint.start import Start, find_start, model_fingerprint, refuse_other_data
-from sft_job.checkpoint.state import RunState, flat_config
+from sft_job.checkpoint.start import START_FILE, Start, find_start, model_fingerprint, refuse_other_data, start_at
+from sft_job.checkpoint.state import RunState, flat_config, total_steps
 from sft_job.config.load import run_folder
 from sft_job.config.schema import JobConfig
-from sft_job.contract import Env, RunFolder
+from sft_job.contract import Env, ExitCode, RunFolder
 from sft_job.data.batches import BatchLoader
-from sft_job.data.cache import TokenCache, open_cache
+from sft_job.data.cache import TokenCache
 from sft_job.data.order import FileOrder, RowOrder, StepRows
 from sft_job.data.packing import pack_settings
 from sft_job.data.places import open_places
-from sft_job.data.prepare import prepare, write_report
-from sft_job.data.render import PromptResponseRenderer
-from sft_job.data.tokenizer import load_tokenizer, template_text
+from sft_job.data.prepare import prepare
+from sft_job.errors import JobError
 from sft_job.evaluate import validation_loss
+from sft_job.export import export_live
 from sft_job.metrics.flops import FlopsShape, model_flops, peak_flops
 from sft_job.metrics.loggers import Loggers, make_loggers
 from sft_job.metrics.meters import StepMeter
 from sft_job.model.build import build_model
 from sft_job.model.causal_lm import CausalLMLoss
+from sft_job.model.lora import uses_lora
 from sft_job.model.precision import precision_of
 from sft_job.optimizer import build_optimizer, learning_rate
-from sft_job.parallel.fsdp import tied_once
 from sft_job.parallel.mesh import Mesh, build_mesh
-from sft_job.runtime import Runtime, StopWish
+from sft_job.runtime import Runtime, StopWish, agree
 from sft_job.trainer import Ending, Schedule, Trainer
 
 
@@ -77,11 +76,22 @@ def train(config: JobConfig, runtime: Runtime, stop: StopWish) -> Ending | None:
     Raises:
         JobError: with the exit code of what went wrong.
     """
-    start: Start = on_first_rank(find_start, config, run_folder(config))
+    if agree(stop.signal != 0, runtime.device):
+        raise JobError(ExitCode.STOPPED, "stopped before the first step: nothing to save yet")
+    start: Start = on_first_rank(_find_start, config, run_folder(config))
     if start.finished:
         return None
     with contextlib.closing(build_job(config, runtime, stop, start)) as job:
         return job.run()
+
+
+def _find_start(config: JobConfig, run: RunFolder) -> Start:
+    """Where the run begins; under a supervisor at the checkpoint that it has verified already."""
+    reports = os.environ.get(Env.REPORT_DIR)
+    if reports is None:
+        return find_start(config, run)
+    found = (Path(reports) / START_FILE).read_text(encoding="utf-8")
+    return start_at(Path(found), config, run) if found else Start()
 
 
 def build_job(config: JobConfig, runtime: Runtime, stop: StopWish, start: Start) -> Job:
@@ -92,21 +102,23 @@ def build_job(config: JobConfig, runtime: Runtime, stop: StopWish, start: Start)
     """
     run = run_folder(config)
     torch.manual_seed(config.trainer.seed)
-    mesh = build_mesh(runtime.device.type, config.ulysses_sequence_parallel_size)
+    fsdp = config.model.fsdp_config
+    mesh = build_mesh(runtime.device.type, config.ulysses_sequence_parallel_size, fsdp.fsdp_size)
     rows, validation = _open_rows(config, run)
     refuse_other_data(start, rows.fingerprint, config)
 
-    precision = precision_of(config.model.fsdp_config, runtime.device.type)
+    precision = precision_of(fsdp, runtime.device.type)
     fresh = start.checkpoint is None
     module, attention = build_model(config.model, mesh, runtime.device, precision, config.trainer.seed, load=fresh)
-    optimizer = build_optimizer(module.parameters(), config.optim, runtime.device.type)
+    optimizer = build_optimizer(module, config.optim, runtime.device.type)
     checkpointer = Checkpointer(
         run,
         module,
         optimizer,
         config.trainer.checkpoint.save_contents,
         config.trainer.max_ckpt_to_keep,
-        _exporter(config, module, runtime),
+        ADAPTER if uses_lora(config.model) else HUGGINGFACE,
+        lambda folder: export_live(folder, module.lm, config, runtime.device, write=runtime.is_first),
     )
     checkpointer.prepare()
     if start.checkpoint is not None:
@@ -125,17 +137,19 @@ def build_job(config: JobConfig, runtime: Runtime, stop: StopWish, start: Start)
         runtime,
         module,
         optimizer,
+        mesh.shard_group,
         schedule,
         state,
         checkpointer,
-        _evaluator(config, module, validation, mesh, runtime),
+        _evaluator(config, module, validation, mesh, runtime, stop),
         StepMeter(
             world_size=runtime.world,
             peak_flops=_device_peak(runtime, precision.compute),
             tokens=state.tokens,
             supervised_tokens=state.supervised_tokens,
         ),
-        lambda batch: model_flops(shape, rows.lengths[batch.row_ids].tolist()),
+        lambda batch: model_flops(shape, rows.lengths[batch.row_ids].tolist(), frozen_weights=uses_lora(config.model)),
+        lambda row: _place(rows, row),
         loggers,
         stop,
     )
@@ -144,10 +158,9 @@ def build_job(config: JobConfig, runtime: Runtime, stop: StopWish, start: Start)
 
 
 def make_schedule(config: JobConfig, steps_per_epoch: int) -> Schedule:
-    """When things happen; ``total_training_steps`` may be less or more than the epochs give."""
+    """When things happen."""
     trainer = config.trainer
-    total = trainer.total_training_steps or trainer.total_epochs * steps_per_epoch
-    return Schedule(total, steps_per_epoch, trainer.save_freq, trainer.test_freq)
+    return Schedule(total_steps(config, steps_per_epoch), steps_per_epoch, trainer.save_freq, trainer.test_freq)
 
 
 def _loggers(config: JobConfig, run: RunFolder, state: RunState) -> Loggers:
@@ -179,11 +192,12 @@ def _tell_start(
         f"{rows.num_rows:,} training rows, {tokens:,} tokens; validation rows: "
         f"{validation.num_rows if validation else 0:,}; {attention}"
     )
-    last = learning_rate(config.optim, schedule.total_steps - 1, schedule.total_steps)
-    logger.message(
-        f"steps {state.step} to {schedule.total_steps}, {schedule.steps_per_epoch} an epoch; learning rate "
-        f"{config.optim.lr_scheduler}, {config.optim.lr:g} at most, {last:.3g} at the last step"
-    )
+    total = schedule.total_steps
+    logger.message(f"steps {state.step} to {total}, {schedule.steps_per_epoch} an epoch")
+    quarters = {total * part // 4 for part in (1, 2, 3)}
+    places = sorted(step for step in {state.step, *quarters, total - 1} if state.step <= step < total)
+    curve = ", ".join(f"{learning_rate(config.optim, step, total):.3g} at step {step + 1}" for step in places)
+    logger.message(f"learning rate ({config.optim.lr_scheduler}): {curve}")
 
 
 def _begin_state(config: JobConfig, start: Start, schedule: Schedule, rows: TokenCache, mesh: Mesh) -> RunState:
@@ -192,6 +206,7 @@ def _begin_state(config: JobConfig, start: Start, schedule: Schedule, rows: Toke
     return RunState(
         step=start.step,
         total_steps=schedule.total_steps,
+        steps_per_epoch=schedule.steps_per_epoch,
         epoch=old.epoch if old else 0,
         rows_done=old.rows_done if old else 0,
         tokens=old.tokens if old else 0,
@@ -207,41 +222,15 @@ def _begin_state(config: JobConfig, start: Start, schedule: Schedule, rows: Toke
     )
 
 
-def _exporter(config: JobConfig, module: CausalLMLoss, runtime: Runtime) -> Callable[[Path], str]:
-    """What writes the Hugging Face folder of the model as it stands (a collective call)."""
-
-    def export(folder: Path) -> str:
-        lm = module.lm
-        weights = tied_once(lm, set())
-        digest = write_weights(folder, whole_tensors(weights), write=runtime.is_first)
-        if runtime.is_first:
-            base = Path(config.model.partial_pretrain or "")
-            tokenizer = load_tokenizer(base, config.model.trust_remote_code)
-            renderer = PromptResponseRenderer(
-                tokenizer,
-                chat_template=template_text(config.data.chat_template),
-                template_kwargs=config.data.apply_chat_template_kwargs,
-            )
-            dtype = next(iter(weights.values())).dtype
-            write_companions(folder, lm.config, dtype, type(lm).__name__, base, tokenizer, renderer.end_of_turn_id)
-        return digest
-
-    return export
-
-
 def _open_rows(config: JobConfig, run: RunFolder) -> tuple[TokenCache, TokenCache | None]:
-    """The caches that were made before the ranks started; without a supervisor rank 0 makes them now."""
+    """The caches that were made before the ranks started; without a supervisor the first rank to come makes them."""
     reports = os.environ.get(Env.REPORT_DIR)
-    if reports is not None:
-        return open_places(Path(reports))
-    rows, validation = on_first_rank(_prepared_folders, config, run)
-    return open_cache(rows), open_cache(validation) if validation else None
+    return open_places(Path(reports)) if reports is not None else prepare(config, run)
 
 
-def _prepared_folders(config: JobConfig, run: RunFolder) -> tuple[Path, Path | None]:
-    rows, validation = prepare(config, run)
-    write_report(run, rows, validation)
-    return rows.folder, validation.folder if validation else None
+def _place(rows: TokenCache, row: int) -> str:
+    file, number = rows.origin(row)
+    return f"{file}, row {number}"
 
 
 def _loader(config: JobConfig, rows: TokenCache, order: StepRows, mesh: Mesh) -> BatchLoader:
@@ -259,13 +248,13 @@ def _loader(config: JobConfig, rows: TokenCache, order: StepRows, mesh: Mesh) ->
 
 
 def _evaluator(
-    config: JobConfig, module: CausalLMLoss, rows: TokenCache | None, mesh: Mesh, runtime: Runtime
-) -> Callable[[], float] | None:
+    config: JobConfig, module: CausalLMLoss, rows: TokenCache | None, mesh: Mesh, runtime: Runtime, stop: StopWish
+) -> Callable[[], float | None] | None:
     if rows is None:
         return None
     order = FileOrder(rows.num_rows, config.data.train_batch_size)
     loader = _loader(config, rows, order, mesh)
-    return lambda: validation_loss(module, loader, order.steps_per_epoch, runtime.device)
+    return lambda: validation_loss(module, loader, order.steps_per_epoch, runtime.device, stop)
 
 
 def _device_peak(runtime: Runtime, dtype: torch.dtype) -> float | None:

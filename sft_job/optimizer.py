@@ -16,10 +16,14 @@ WSD_STABLE = 0.9
 """Share of the steps after warm-up over which wsd holds the peak rate."""
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig, device_type: str) -> torch.optim.AdamW:
-    """AdamW over all parameters; one fused kernel on CUDA."""
+def build_optimizer(module: nn.Module, config: OptimConfig, device_type: str) -> torch.optim.AdamW:
+    """AdamW over all trained parameters; one fused kernel where a GPU is there, also for states in host memory."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    flat = [parameter for parameter in trained if config.no_decay_on_norms_and_biases and parameter.ndim < 2]
+    rest = [parameter for parameter in trained if parameter.ndim >= 2 or not config.no_decay_on_norms_and_biases]
+    groups = [{"params": rest}] + ([{"params": flat, "weight_decay": 0.0}] if flat else [])
     return torch.optim.AdamW(
-        parameters,
+        groups,
         lr=config.lr,
         betas=(config.betas[0], config.betas[1]),
         eps=config.eps,
@@ -67,11 +71,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 @torch.no_grad()
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+def gradient_norm(parameters: Iterable[nn.Parameter], shard_group: dist.ProcessGroup) -> Tensor:
     """L2 norm over all gradients of all ranks, accumulated in at least fp32 (a collective call).
 
     Args:
-        parameters: sharded over all ranks.
+        parameters: sharded over ``shard_group``.
+        shard_group: the ranks that together hold one copy of them.
 
     Returns:
         Scalar tensor on the parameters' device, the same on every rank.
@@ -83,7 +88,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
             wide = torch.promote_types(grad.dtype, torch.float32)
             squares.append(torch.linalg.vector_norm(grad, dtype=wide).square())
     total = torch.stack(squares).sum()
-    dist.all_reduce(total)
+    dist.all_reduce(total, group=shard_group)
     return total.sqrt()
 
 

@@ -24,6 +24,7 @@ from sft_job.contract import Env, ExitCode
 from sft_job.data.places import write_places
 from sft_job.data.prepare import prepare, write_report
 from sft_job.errors import JobError
+from sft_job.model.supported import check_architecture
 
 REPORT = "prepare.json"
 _SECONDS_BETWEEN_LINES = 5.0
@@ -61,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_resolved(Path(resolved))
         run = run_folder(config)
+        check_architecture(config.model)  # before hours of tokenising for a model that cannot be trained
         train, val = prepare(config, run, _Progress(Console()))
         write_report(run, train, val)
         write_places(reports, train, val)

@@ -10,13 +10,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sft_job.config.topology import Topology
-from sft_job.contract import Env, ExitCode, RunFolder
+from sft_job.contract import STOP_SIGNALS, Env, ExitCode, RunFolder
 
 LOST_GRACE_SECONDS = 20.0
 """How long the other ranks may take to notice that one is gone before they are killed."""
@@ -47,6 +47,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@contextlib.contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Start children with the stop signals blocked: one that comes early waits until the child listens."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class RankGroup:
     """The ranks of this node.
 
@@ -67,6 +77,7 @@ class RankGroup:
         address = topology.master_addr or "127.0.0.1"
         port = topology.master_port or free_port()
         first = topology.node_rank * topology.nproc_per_node
+        threads = max(1, len(os.sched_getaffinity(0)) // topology.nproc_per_node)
         for local in range(topology.nproc_per_node):
             rank = first + local
             variables = {
@@ -80,8 +91,8 @@ class RankGroup:
                 Env.REPORT_DIR: str(reports),
                 "PYTHONUNBUFFERED": "1",
             }
-            variables.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // topology.nproc_per_node)))
-            with run.rank_log(rank).open("ab") as log:
+            variables.setdefault("OMP_NUM_THREADS", str(threads))
+            with run.rank_log(rank).open("ab") as log, signals_blocked():
                 self._processes[rank] = subprocess.Popen(
                     command,
                     env=variables,
@@ -93,11 +104,13 @@ class RankGroup:
                     start_new_session=True,
                 )
 
-    def ask_to_stop(self) -> None:
-        """Pass the wish to stop on, once: the ranks agree on a step, save and leave."""
-        if not self._asked_to_stop:
-            self._asked_to_stop = True
-            self._signal(signal.SIGTERM)
+    def ask_to_stop(self) -> bool:
+        """Pass the wish to stop on: the ranks agree on a step, save and leave. True the first time."""
+        if self._asked_to_stop:
+            return False
+        self._asked_to_stop = True
+        self._signal(signal.SIGTERM)
+        return True
 
     def kill(self) -> None:
         """End what is still there."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+from sft_job.contract import STOP_SIGNALS
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,20 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(zlib.crc32(f"{seed} {step} {rank}".encode()))
 
 
+def agree(wish: bool, device: torch.device) -> bool:
+    """Whether any rank has the wish; the same answer on every rank (a collective call)."""
+    flag = torch.tensor([float(wish)], device=device)
+    dist.all_reduce(flag)
+    return bool(flag.item())
+
+
+def die_with_parent() -> None:
+    """Be asked to stop when the supervisor is gone: ranks without one would train on, seen by nobody."""
+    if hasattr(signal, "pthread_sigmask") and os.uname().sysname == "Linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+
+
 def peak_memory(device: torch.device) -> int | None:
     """Most bytes of device memory in use so far; None on the CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
@@ -77,12 +92,16 @@ class StopWish:
     """Whether somebody asked this rank to stop; signals only set it, the loop acts at the next step's end."""
 
     signal: int = 0
-    _previous: dict[int, object] = field(default_factory=dict)
 
     def install(self) -> StopWish:
-        """Listen to TERM, INT, USR1 and USR2; a second signal changes nothing."""
+        """Listen to the stop signals; a second one changes nothing.
+
+        The supervisor starts ranks with these signals blocked, so that one that comes while torch is imported waits
+        until here.
+        """
         for number in STOP_SIGNALS:
-            self._previous[number] = signal.signal(number, self._note)
+            signal.signal(number, self._note)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:

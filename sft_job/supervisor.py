@@ -5,6 +5,7 @@ Torch-free: it stays small, and its exit code is the job's own.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,28 +14,30 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import filelock
 from rich.console import Console
 
 from sft_job import __version__
-from sft_job.checkpoint.folder import published, write_durably
-from sft_job.checkpoint.start import Start, find_start
-from sft_job.checkpoint.state import read_state
-from sft_job.config.load import dump_config, origins_text, run_folder
+from sft_job.checkpoint.folder import published, state_or_none, write_durably
+from sft_job.checkpoint.start import START_FILE, Start, find_start
+from sft_job.checkpoint.state import RunState
+from sft_job.config.load import Loaded, dump_config, origins_text, run_folder
 from sft_job.config.resolve import Resolution, resolve
-from sft_job.config.topology import count_gpus
-from sft_job.contract import Env, ExitCode, RunFolder
+from sft_job.config.topology import Topology, count_gpus
+from sft_job.contract import STOP_SIGNALS, Env, ExitCode, RunFolder
 from sft_job.data.files import check_data
-from sft_job.errors import JobError, raise_problems
+from sft_job.errors import JobError, Problem, raise_problems
 from sft_job.ranks import LOST_GRACE_SECONDS, POLL_SECONDS, RankEnd, RankGroup, rank_command, verdict
 from sft_job.version import commit
 
 _STOPPED_EARLY = RankEnd(0, ExitCode.STOPPED, "stopped before the first step: nothing to save yet", {})
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+RUNNING = "running"
 
 
 class Supervisor:
@@ -52,6 +55,8 @@ class Supervisor:
 
     def train(self, config_arg: str | None, overrides: Sequence[str]) -> int:
         """Run the job; its exit code. Never raises for what a user or a rank did."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._note_signal)
         try:
             resolution = checked(config_arg, overrides, self._environ)
             run = run_folder(resolution.loaded.config)
@@ -60,21 +65,32 @@ class Supervisor:
             if start.finished:
                 return ExitCode.DONE
             _make_logs(run)
+            with held(run, resolution.topology):
+                return self._run(resolution, run, start)
         except JobError as error:
             sys.stderr.write(f"{error}\n")
             return error.code
-        for number in _SIGNALS:
-            signal.signal(number, self._note_signal)
-        restarts = _restarts(run, start)
+
+    def _run(self, resolution: Resolution, run: RunFolder, start: Start) -> int:
+        first = resolution.topology.node_rank == 0
+        restarts = restarts_so_far(run, start)
         with tempfile.TemporaryDirectory(prefix="sft_job_") as reports:
             folder = Path(reports)
             resolved = folder / "config.yaml"
             resolved.write_text(dump_config(resolution.loaded), encoding="utf-8")
-            if resolution.topology.node_rank == 0:
-                shutil.copyfile(resolved, run.config)
+            (folder / START_FILE).write_text(str(start.checkpoint or ""), encoding="utf-8")
+            try:
+                if first:
+                    shutil.copyfile(resolved, run.config)
+                    write_outcome(run, None, restarts, self._environ)
+            except OSError as error:
+                raise JobError(ExitCode.CANNOT_CREATE, f"{run.logs} cannot be written: {error}") from error
             end = self._prepare(resolved, run, folder) or self._run_ranks(resolution, run, resolved, folder)
-        if resolution.topology.node_rank == 0:
-            write_outcome(run, end, restarts, self._environ)
+        if first:
+            try:
+                write_outcome(run, end, restarts, self._environ)
+            except OSError as error:
+                sys.stderr.write(f"{run.outcome} cannot be written: {error}\n")
         self._tell_end(end, run)
         return end.code
 
@@ -113,36 +129,76 @@ class Supervisor:
         ranks = RankGroup(rank_command(resolved), resolution.topology, run, reports, self._environ)
         deadline: float | None = None
         while not ranks.step():
-            if self._stop_signal:
-                ranks.ask_to_stop()
+            if self._stop_signal and ranks.ask_to_stop():
+                name = signal.Signals(self._stop_signal).name
+                self._show(f"{name}: the ranks finish their step, save and leave")
             if deadline is None and ranks.one_failed():
                 deadline = time.monotonic() + LOST_GRACE_SECONDS
             if deadline is not None and time.monotonic() > deadline:
                 ranks.kill()
         return verdict(ranks.ends())
 
+    def _show(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     def _tell(self, resolution: Resolution, start: Start, run: RunFolder) -> None:
         loaded, topology = resolution.loaded, resolution.topology
-        out = self._console.print
-        out(f"sft_job {__version__}: {topology.world} ranks on {topology.nnodes} node(s), run folder {run.root}")
-        out(origins_text(loaded), markup=False, highlight=False)
+        self._show(f"sft_job {__version__}: {topology.world} ranks on {topology.nnodes} node(s), run folder {run.root}")
+        self._show(origins_text(loaded))
         for line in (*loaded.mappings, *loaded.ignored):
-            out(f"note: {line}", markup=False, highlight=False)
+            self._show(f"note: {line}")
         for line in (*resolution.warnings, *start.notes):
-            out(f"warning: {line}", markup=False, highlight=False)
+            self._show(f"warning: {line}")
         if start.finished:
-            out(f"already done: {run.final.resolve()}", markup=False, highlight=False)
+            self._show(f"already done: {run.final.resolve()}")
 
     def _tell_end(self, end: RankEnd, run: RunFolder) -> None:
         if end.code == ExitCode.DONE:
-            self._console.print(f"done: {run.final}/huggingface", markup=False, highlight=False)
+            self._show(f"done: {result_folder(run)}")
             return
         message = end.message or end.code.reason
         if end.code == ExitCode.STOPPED:
-            saved = published(run)
-            place = saved[-1].name if saved else "the start"
+            saved = newest_state(run)
+            place = saved[0].name if saved else "the start"
             message = f"{end.message or 'stopped'}; run it again to go on from {place}"
         sys.stderr.write(f"{message}\n    exit code {int(end.code)} ({end.code.reason}); logs: {run.logs}\n")
+
+
+def result_folder(run: RunFolder) -> Path:
+    """Where a finished run's result lies: ``huggingface``, or ``adapter`` of a LoRA run."""
+    found = [path for name in ("huggingface", "adapter") if (path := run.final / name).is_dir()]
+    return found[0] if found else run.final
+
+
+def newest_state(run: RunFolder) -> tuple[Path, RunState] | None:
+    """The newest checkpoint whose state can be read."""
+    for folder in reversed(published(run)):
+        state = state_or_none(folder)
+        if state is not None:
+            return folder, state
+    return None
+
+
+@contextlib.contextmanager
+def held(run: RunFolder, topology: Topology) -> Iterator[None]:
+    """Hold the run folder while the job runs; the first node does.
+
+    Raises:
+        JobError: another run holds it (73).
+    """
+    if topology.node_rank > 0:
+        yield
+        return
+    lock = filelock.FileLock(run.logs / ".lock", blocking=False)
+    try:
+        with lock:
+            yield
+    except filelock.Timeout as error:
+        raise JobError(
+            ExitCode.CANNOT_CREATE,
+            f"the run folder {run.root} is held by another run on this machine\n    fix: wait for it, stop it, or use "
+            f"another {Env.CHECKPOINT_DIR}",
+        ) from error
 
 
 def checked(config_arg: str | None, overrides: Sequence[str], environ: Mapping[str, str]) -> Resolution:
@@ -154,7 +210,7 @@ def checked(config_arg: str | None, overrides: Sequence[str], environ: Mapping[s
     resolution = resolve(config_arg, overrides, environ, count_gpus(environ))
     problems = list(resolution.problems)
     if resolution.loaded.readable and resolution.loaded.config.data.train_files:
-        problems += check_data(resolution.loaded.config)
+        problems += [with_origin(problem, resolution.loaded) for problem in check_data(resolution.loaded.config)]
     raise_problems(problems)
     return resolution
 
@@ -172,34 +228,44 @@ def _make_logs(run: RunFolder) -> None:
         ) from error
 
 
-def _restarts(run: RunFolder, start: Start) -> list[dict[str, Any]]:
-    """Earlier ends of this run, oldest first; a start that finds a checkpoint and no outcome follows a lost one."""
+def with_origin(problem: Problem, loaded: Loaded) -> Problem:
+    """The problem with the place where its setting was made."""
+    key = problem.subject.partition(":")[0]
+    return problem if problem.origin else replace(problem, origin=loaded.origin(key))
+
+
+def restarts_so_far(run: RunFolder, start: Start) -> list[dict[str, Any]]:
+    """Earlier ends of this run, oldest first; one that wrote nothing at its end was lost."""
     try:
         last = json.loads(run.outcome.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        earlier = list(last["restarts"])
+    except (OSError, ValueError, KeyError, TypeError):
         return [] if start.checkpoint is None else [{"cause": ExitCode.LOST.reason, "step": start.step}]
-    run.outcome.unlink(missing_ok=True)
-    return [*last.get("restarts", []), {"cause": last.get("reason"), "step": last.get("step")}]
+    if last["reason"] == RUNNING:
+        return [*earlier, {"cause": ExitCode.LOST.reason, "step": start.step}]
+    return [*earlier, {"cause": last["reason"], "step": last["step"]}]
 
 
 def write_outcome(
-    run: RunFolder, end: RankEnd, restarts: Sequence[Mapping[str, Any]], environ: Mapping[str, str]
+    run: RunFolder, end: RankEnd | None, restarts: Sequence[Mapping[str, Any]], environ: Mapping[str, str]
 ) -> None:
-    """Write ``outcome.json``: how the run ended, for launchers and people."""
-    saved = published(run)
-    step, loss = end.report.get("step"), end.report.get("loss")
-    if step is None and saved:
-        state = read_state(saved[-1])
-        step, loss = state.step, state.loss
+    """Write ``outcome.json``: how the run ended, for launchers and people; while it runs, code is null.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    saved = newest_state(run)
+    folder, state = saved if saved else (None, None)
+    report = end.report if end is not None else {}
     record = {
-        "code": int(end.code),
-        "reason": end.code.reason,
-        "message": end.message,
-        "step": step or 0,
-        "loss": loss,
-        "checkpoint": str(saved[-1]) if saved else None,
+        "code": None if end is None else int(end.code),
+        "reason": RUNNING if end is None else end.code.reason,
+        "message": "" if end is None else end.message,
+        "step": report.get("step", state.step if state else 0),
+        "loss": report.get("loss", state.loss if state else None),
+        "checkpoint": str(folder) if folder else None,
         "restarts": list(restarts),
-        "weights_sha256": end.report.get("weights_sha256") or None,
+        "weights_sha256": report.get("weights_sha256") or None,
         "version": __version__,
         "commit": commit(environ),
     }

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from sft_job.contract import Env, ExitCode
 from sft_job.data.files import check_data
 from sft_job.errors import JobError, raise_problems
 from sft_job.job import train
-from sft_job.runtime import StopWish, start_runtime
+from sft_job.runtime import StopWish, die_with_parent, start_runtime
 from sft_job.trainer import Ending
 
 RESOLVED = "--resolved"
@@ -36,9 +36,11 @@ _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Timed ou
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train as one rank; the exit code of what happened. Never raises."""
+    stop = StopWish().install()
+    if Env.REPORT_DIR in os.environ:
+        die_with_parent()
     faulthandler.enable()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
-    stop = StopWish().install()
     code, message, ending = ExitCode.BUG, "", None
     try:
         config = _config(list(sys.argv[1:] if arguments is None else arguments))
@@ -53,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except torch.OutOfMemoryError as error:
         code, message = ExitCode.OUT_OF_MEMORY, _out_of_memory(error)
         traceback.print_exc()
-    except Exception as error:
+    except BaseException as error:  # whatever it is, the supervisor must hear of it
         code, message = _unexpected(error)
         traceback.print_exc()
     _report(code, message, ending)
@@ -64,9 +66,24 @@ def _config(arguments: list[str]) -> JobConfig:
     if arguments[:1] == [RESOLVED]:
         return load_resolved(Path(arguments[1]))
     given = arguments[0] if arguments and "=" not in arguments[0] else None
-    resolution = resolve(given, arguments[1:] if given else arguments, os.environ, count_gpus(os.environ))
+    environ = _of_torchrun(os.environ)
+    resolution = resolve(given, arguments[1:] if given else arguments, environ, count_gpus(environ))
     raise_problems([*resolution.problems, *check_data(resolution.loaded.config)])
     return resolution.loaded.config
+
+
+def _of_torchrun(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment with this job's names for what torchrun (or another launcher of ranks) says of the topology."""
+    kept = {name: value for name, value in environ.items() if not name.startswith("PET_")}
+    if "WORLD_SIZE" not in environ:
+        return kept
+    world, local = int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_WORLD_SIZE", environ["WORLD_SIZE"]))
+    nodes = world // local
+    return kept | {
+        Env.NPROC_PER_NODE: str(local),
+        Env.NNODES: str(nodes),
+        Env.NODE_RANK: environ.get("GROUP_RANK", str(int(environ.get("RANK", "0")) // local)),
+    }
 
 
 def _out_of_memory(error: Exception) -> str:
@@ -77,7 +94,7 @@ def _out_of_memory(error: Exception) -> str:
     )
 
 
-def _unexpected(error: Exception) -> tuple[ExitCode, str]:
+def _unexpected(error: BaseException) -> tuple[ExitCode, str]:
     """A lost peer shows as an error of the collective that waited for it; anything else is a bug."""
     text = str(error)
     if isinstance(error, dist.DistError) or any(sign in text for sign in _LOST_PEER):
@@ -98,7 +115,7 @@ def _report(code: ExitCode, message: str, ending: Ending | None) -> None:
         record |= {
             "step": ending.state.step,
             "loss": ending.state.loss,
-            "weights_sha256": ending.weights_sha256,
+            "weights_sha256": ending.state.weights_sha256,
         }
     temporary = Path(folder) / f".rank_{rank}.tmp"
     temporary.write_text(json.dumps(record), encoding="utf-8")

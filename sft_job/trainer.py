@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sft_job.checkpoint.checkpointer import Checkpointer
 from sft_job.checkpoint.state import RunState
 from sft_job.config.schema import JobConfig
-from sft_job.contract import ExitCode
+from sft_job.contract import ExitCode, step_of
 from sft_job.data.batches import PackedBatch, StepBatch
 from sft_job.errors import JobError
 from sft_job.metrics.loggers import Logger
@@ -48,7 +48,6 @@ class Ending:
 
     stopped: bool
     state: RunState
-    weights_sha256: str
 
 
 @dataclass(frozen=True)
@@ -65,9 +64,7 @@ class Schedule:
         return self.save_freq > 0 and step % self.save_freq == 0
 
     def tests_at(self, step: int) -> bool:
-        """Validation is due."""
-        if step == self.total_steps:
-            return True
+        """Validation is due; that of the last step is the trainer's own matter."""
         if self.test_freq == AFTER_EACH_EPOCH:
             return step % self.steps_per_epoch == 0
         return isinstance(self.test_freq, int) and self.test_freq > 0 and step % self.test_freq == 0
@@ -81,12 +78,15 @@ class Trainer:
         runtime: this rank.
         module: sharded; its forward gives the loss sum of a packed batch.
         optimizer: over the module's parameters.
+        shard_group: the ranks that together hold one copy of them.
         schedule: when things happen.
         state: where the run stands.
         checkpointer: saves.
-        evaluate: validation loss, a collective call; None where there is no validation data.
+        evaluate: validation loss, None from it where a stop cut it short (a collective call); None where there is
+            no validation data.
         meter: token counts and speed.
         flops: model FLOPs of a global batch.
+        origin: where a row came from, for messages.
         logger: takes records on rank 0, None elsewhere.
         stop: this rank's wish to stop.
     """
@@ -97,12 +97,14 @@ class Trainer:
         runtime: Runtime,
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
+        shard_group: dist.ProcessGroup,
         schedule: Schedule,
         state: RunState,
         checkpointer: Checkpointer,
-        evaluate: Callable[[], float] | None,
+        evaluate: Callable[[], float | None] | None,
         meter: StepMeter,
         flops: Callable[[StepBatch], float],
+        origin: Callable[[int], str],
         logger: Logger | None,
         stop: StopWish,
     ) -> None:
@@ -111,6 +113,7 @@ class Trainer:
         self._module = module
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         self._optimizer = optimizer
+        self._shard_group = shard_group
         self.schedule = schedule
         """When things happen."""
         self._state = state
@@ -118,6 +121,7 @@ class Trainer:
         self._evaluate = evaluate
         self._meter = meter
         self._flops = flops
+        self._origin = origin
         self._logger = logger
         self._stop = stop
 
@@ -128,24 +132,38 @@ class Trainer:
 
     def run(self, batches: Iterable[StepBatch]) -> Ending:
         """Go through the batches, one optimizer step each; they start at the state's step."""
-        if self._agree_to_stop():
-            return Ending(True, self._state, "")
+        # A stop may have left the validation of the step that it saved at.
+        owed = 0 < self._state.step < self.schedule.total_steps and self.schedule.tests_at(self._state.step)
+        if owed and not self._validate():
+            return self._stopped()
         for batch in self._timed(batches):
             result = self.train_step(batch)
             self._advance(batch, result)
-            step = self._state.step
             self._log_step(result)
-            if self.schedule.tests_at(step):
-                self._validate()
+            step = self._state.step
             if step == self.schedule.total_steps:
                 break
-            if self.schedule.saves_at(step):
-                self._save(kept=True)
-            if result.stop:
-                if not self.schedule.saves_at(step):
-                    self._save(kept=False)
-                return Ending(True, self._state, "")
-        return Ending(False, self._state, self._save(kept=True, last=True))
+            # Saved before it is validated: a validation may take longer than a scheduler waits.
+            due = self.schedule.saves_at(step)
+            if due or result.stop:
+                self._save(kept=due)
+            if result.stop or (self.schedule.tests_at(step) and not self._validate()):
+                return self._stopped()
+        return self._finish()
+
+    def _finish(self) -> Ending:
+        """After the last step: the export first, then validation; a stop in it leaves only that to the next start."""
+        self._save(kept=True, last=True)
+        if not self._validate():
+            return self._stopped()
+        self._checkpointer.finish(self._state.step)
+        return Ending(False, self._state)
+
+    def _stopped(self) -> Ending:
+        newest = self._checkpointer.newest
+        if newest is None or step_of(newest) != self._state.step:
+            self._save(kept=False)
+        return Ending(True, self._state)
 
     def _timed(self, batches: Iterable[StepBatch]) -> Iterator[StepBatch]:
         """The batches, each step's clock started before its batch is waited for."""
@@ -168,11 +186,11 @@ class Trainer:
         lr = learning_rate(self._config.optim, batch.step, self.schedule.total_steps)
         set_learning_rate(self._optimizer, lr)
         loss = self.accumulate(batch.micro_batches, batch.num_targets)
-        norm = gradient_norm(self._parameters)
+        norm = gradient_norm(self._parameters, self._shard_group)
         flags = torch.stack([loss, loss.new_tensor(float(self._stop.signal != 0))])
         dist.all_reduce(flags)
         # The step's only wait for the device: loss and norm must be known to be finite before the weights move.
-        total, stops, grad_norm = torch.stack([*flags, norm.to(flags.dtype)]).tolist()
+        total, stops, grad_norm = torch.stack([*flags, norm.to(flags)]).tolist()
         if not (math.isfinite(total) and math.isfinite(grad_norm)):
             raise self._not_finite(batch, total, grad_norm)
         clip = self._config.optim.clip_grad
@@ -229,29 +247,26 @@ class Trainer:
             )
         )
 
-    def _validate(self) -> None:
+    def _validate(self) -> bool:
+        """Validate and log; False where a stop cut it short, on every rank alike."""
         if self._evaluate is None:
-            return
+            return True
         loss = self._evaluate()
-        if self._logger is not None:
+        if loss is not None and self._logger is not None:
             self._logger.log(validation_record(self._state.step, loss))
+        return loss is not None
 
-    def _save(self, *, kept: bool, last: bool = False) -> str:
-        self._state = replace(self._state, kept=kept)
-        return self._checkpointer.save(self._state, last=last)
-
-    def _agree_to_stop(self) -> bool:
-        flag = torch.tensor([float(self._stop.signal != 0)], device=self._runtime.device)
-        dist.all_reduce(flag)
-        return bool(flag.item())
+    def _save(self, *, kept: bool, last: bool = False) -> None:
+        self._state = self._checkpointer.save(replace(self._state, kept=kept), last=last)
 
     def _not_finite(self, batch: StepBatch, loss: float, norm: float) -> JobError:
-        rows = ", ".join(map(str, batch.row_ids[:16])) + (" ..." if len(batch.row_ids) > 16 else "")
+        rows = "".join(f"\n      {self._origin(int(row))}" for row in batch.row_ids[:8])
+        more = f"\n      ... {len(batch.row_ids)} in all" if len(batch.row_ids) > 8 else ""
         newest = self._checkpointer.newest
         return JobError(
             ExitCode.NON_FINITE,
             f"step {batch.step + 1}: loss {loss}, gradient norm {norm}: not finite, the step was not taken\n"
-            f"    rows of this batch: {rows}\n"
+            f"    rows of this batch:{rows}{more}\n"
             f"    fix: a lower optim.lr, a longer warm-up, or look at these rows; the run can go on from "
             f"{newest or 'its last checkpoint'}",
         )

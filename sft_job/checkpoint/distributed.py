@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -19,6 +20,9 @@ from torch.distributed.checkpoint.state_dict import (
 from sft_job.contract import ExitCode
 from sft_job.errors import JobError
 
+# What is frozen is the base model's, and stays in its own files.
+_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
+
 
 def save_tensors(
     folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, *, with_model: bool, with_optimizer: bool
@@ -26,11 +30,15 @@ def save_tensors(
     """Write this rank's shards (a collective call). The folder exists and is not yet published."""
     tensors: dict[str, Any] = {}
     if with_model:
-        tensors["model"] = get_model_state_dict(module)
+        tensors["model"] = get_model_state_dict(module, options=_TRAINED)
     if with_optimizer:
-        tensors["optimizer"] = get_optimizer_state_dict(module, optimizer)
-    if tensors:
+        tensors["optimizer"] = get_optimizer_state_dict(module, optimizer, options=_TRAINED)
+    if not tensors:
+        return
+    try:
         dcp.save(tensors, checkpoint_id=folder)
+    except dcp.CheckpointException as error:  # a BaseException
+        raise first_failure(error) from error
 
 
 def load_tensors(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -39,13 +47,36 @@ def load_tensors(folder: Path, module: nn.Module, optimizer: torch.optim.Optimiz
     Raises:
         JobError: the checkpoint lacks tensors or does not fit the model (exit code 74).
     """
-    tensors = {"model": get_model_state_dict(module), "optimizer": get_optimizer_state_dict(module, optimizer)}
+    tensors = {
+        "model": get_model_state_dict(module, options=_TRAINED),
+        "optimizer": get_optimizer_state_dict(module, optimizer, options=_TRAINED),
+    }
     try:
         dcp.load(tensors, checkpoint_id=folder)
-    except (dcp.CheckpointException, RuntimeError, ValueError, OSError) as error:
-        raise JobError(ExitCode.NO_CHECKPOINT, f"{folder} cannot be loaded: {error}") from error
-    set_model_state_dict(module, tensors["model"])
-    set_optimizer_state_dict(module, optimizer, optim_state_dict=tensors["optimizer"])
+    except dcp.CheckpointException as error:
+        raise JobError(ExitCode.NO_CHECKPOINT, f"{folder} cannot be loaded: {first_failure(error)}") from error
+    # The settings of this start hold, not those of the checkpoint's.
+    settings = [{name: value for name, value in g.items() if name != "params"} for g in optimizer.param_groups]
+    set_model_state_dict(module, tensors["model"], options=_TRAINED)
+    set_optimizer_state_dict(module, optimizer, tensors["optimizer"], options=_TRAINED)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+
+
+def first_failure(error: dcp.CheckpointException) -> Exception:
+    """What went wrong on the first rank that failed, without the traceback that torch puts into its text."""
+    failures: dict[int, Any] = error.failures
+    cause = next(iter(failures.values()))[0] if failures else None
+    return cause if isinstance(cause, Exception) else RuntimeError("the ranks could not agree on a checkpoint")
+
+
+# How torch's and safetensors' writers say that the disk is full; Python itself says OSError.
+_DISK_SIGNS = ("unexpected pos", "No space left", "Disk quota", "File too large", "enforce fail", "os error")
+
+
+def is_disk_failure(error: Exception) -> bool:
+    """A file could not be written."""
+    return isinstance(error, OSError) or any(sign in str(error) for sign in _DISK_SIGNS)
 
 
 def on_first_rank(action: Any, *arguments: Any) -> Any:

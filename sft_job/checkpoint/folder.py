@@ -17,12 +17,12 @@ from sft_job.checkpoint.state import STATE_FILE, RunState, read_state
 from sft_job.contract import RunFolder, step_of
 
 MANIFEST = "manifest.json"
-_BLOCK = 1 << 20
+_SAVING, _PRUNED, _REPLACED = ".saving_", ".pruned_", ".replaced_"
 
 
 def temporary_folder(run: RunFolder, step: int) -> Path:
     """Where the checkpoint of a step is written before it is published."""
-    return run.checkpoints / f".saving_{run.step(step).name}"
+    return run.checkpoints / f"{_SAVING}{run.step(step).name}"
 
 
 def fsync_path(path: Path) -> None:
@@ -71,14 +71,14 @@ def publish(run: RunFolder, step: int) -> Path:
     for part in [*(path for path in temporary.rglob("*") if path.is_dir()), temporary]:
         fsync_path(part)
     if folder.exists():
-        # Only a damaged or unfinished checkpoint of the same step can be there.
-        replaced = run.checkpoints / f".replaced_{folder.name}"
+        # One that is damaged, or lacks what this one has. Until the new one has its name, the old one can come back.
+        replaced = run.checkpoints / f"{_REPLACED}{folder.name}"
         shutil.rmtree(replaced, ignore_errors=True)
         folder.rename(replaced)
     temporary.rename(folder)
     fsync_path(run.checkpoints)
     write_durably(run.latest, folder.name)
-    shutil.rmtree(run.checkpoints / f".replaced_{folder.name}", ignore_errors=True)
+    shutil.rmtree(run.checkpoints / f"{_REPLACED}{folder.name}", ignore_errors=True)
     return folder
 
 
@@ -115,41 +115,54 @@ def published(run: RunFolder) -> list[Path]:
     return [steps[step] for step in sorted(step for step in steps if step is not None)]
 
 
-def newest_whole(folders: Iterable[Path]) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that its manifest proves, and a line for each newer one that is damaged."""
+def newest_whole(folders: Iterable[Path], needed: frozenset[str] = frozenset()) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that its manifest proves, and a line for each newer one that cannot be used.
+
+    Args:
+        folders: checkpoints.
+        needed: what it must hold: any of model, optimizer.
+    """
     notes: list[str] = []
     for folder in sorted(folders, key=lambda path: step_of(path) or 0, reverse=True):
-        found = damage(folder)
-        if found is None and (folder / STATE_FILE).is_file():
+        state = state_or_none(folder)
+        if state is not None and not needed <= set(state.contents):
+            lacks = ", ".join(sorted(needed - set(state.contents)))
+            notes.append(f"{folder}: cannot be gone on from, trainer.checkpoint.save_contents left out {lacks}")
+            continue
+        found = damage(folder) if state is not None else f"{STATE_FILE} cannot be read"
+        if found is None:
             return folder, notes
-        notes.append(f"{folder}: damaged, not used ({found or f'{STATE_FILE} is missing'})")
+        notes.append(f"{folder}: damaged, not used ({found})")
     return None, notes
 
 
-def prune(run: RunFolder, keep: int | None) -> list[Path]:
-    """Remove old checkpoints after a newer one was published; what was removed.
+def prune(run: RunFolder, newest: Path, keep: int | None) -> list[Path]:
+    """Remove what a checkpoint that was just published makes superfluous; what was removed.
 
-    Kept are the newest ``keep`` ones (None = all) of those that ``save_freq`` made, and the newest of all. Those
-    made on the way out, at a stop, go as soon as a newer one is there.
+    Kept are the newest ``keep`` ones (None = all) of those that ``save_freq`` made, and ``newest`` itself. Those made
+    on the way out, at a stop, go, and so do folders of later steps: the run went on from before them because they
+    are damaged.
     """
-    folders = published(run)
-    states = {folder: _state_or_none(folder) for folder in folders[:-1]}
-    kept = [folder for folder in folders[:-1] if (state := states[folder]) is not None and state.kept]
-    surplus = [folder for folder, state in states.items() if state is not None and not state.kept]
+    step = step_of(newest) or 0
+    older = [folder for folder in published(run) if (step_of(folder) or 0) < step]
+    surplus = [folder for folder in published(run) if (step_of(folder) or 0) > step]
+    states = {folder: state_or_none(folder) for folder in older}
+    surplus += [folder for folder, state in states.items() if state is not None and not state.kept]
     if keep is not None:
-        newest_counts = (state := _state_or_none(folders[-1])) is None or state.kept if folders else False
-        room = max(0, keep - 1 if newest_counts else keep)
-        surplus += kept[: max(0, len(kept) - room)]
+        kept = [folder for folder, state in states.items() if state is not None and state.kept]
+        counts = (state := state_or_none(newest)) is None or state.kept
+        surplus += kept[: max(0, len(kept) - max(0, keep - counts))]
     for folder in surplus:
         # The name goes first: a half-deleted folder must not be found by its number.
-        doomed = run.checkpoints / f".pruned_{folder.name}"
+        doomed = run.checkpoints / f"{_PRUNED}{folder.name}"
         shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
     return surplus
 
 
-def _state_or_none(folder: Path) -> RunState | None:
+def state_or_none(folder: Path) -> RunState | None:
+    """A checkpoint's state; None where it cannot be read."""
     try:
         return read_state(folder)
     except (OSError, ValueError):
@@ -157,11 +170,19 @@ def _state_or_none(folder: Path) -> RunState | None:
 
 
 def clear_leftovers(run: RunFolder) -> None:
-    """Remove what an interrupted save or pruning left: hidden folders of our own names only."""
-    if run.checkpoints.is_dir():
-        for path in run.checkpoints.iterdir():
-            if path.name.startswith((".saving_", ".pruned_", ".replaced_")) and path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
+    """Remove what an interrupted save or pruning left: hidden folders of our own names only.
+
+    A checkpoint that was set aside for one that never came gets its name back.
+    """
+    if not run.checkpoints.is_dir():
+        return
+    ours = [path for path in run.checkpoints.iterdir() if path.is_dir() and not path.is_symlink()]
+    for path in ours:
+        name = path.name.removeprefix(_REPLACED)
+        if path.name.startswith(_REPLACED) and not (run.checkpoints / name).exists():
+            path.rename(run.checkpoints / name)
+        elif path.name.startswith((_SAVING, _PRUNED, _REPLACED)):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def mark_final(run: RunFolder, folder: Path) -> None:

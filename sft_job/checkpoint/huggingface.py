@@ -21,10 +21,15 @@ INDEX = "model.safetensors.index.json"
 FILE_BYTES = 5 * 10**9
 
 
-def whole_tensors(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor whole, in the order of the names (a collective call: every rank must go through all of them)."""
+def whole_tensors(state: dict[str, Tensor], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor whole, in the order of the names (a collective call: every rank must go through all of them).
+
+    Args:
+        state: shards, on the device or offloaded to host memory.
+        device: where the ranks' process groups communicate.
+    """
     for name in sorted(state):
-        tensor = state[name]
+        tensor = state[name].to(device)
         yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -45,10 +50,11 @@ class WeightsHash:
 
 
 class WeightsWriter:
-    """Writes safetensors files of at most ``file_bytes`` and the index over them."""
+    """Writes safetensors files of at most ``file_bytes`` and the index over them; one file is called ``single``."""
 
-    def __init__(self, folder: Path, file_bytes: int = FILE_BYTES) -> None:
+    def __init__(self, folder: Path, file_bytes: int = FILE_BYTES, single: str = WEIGHTS) -> None:
         self._folder = folder
+        self._single = single
         self._file_bytes = file_bytes
         self._waiting: dict[str, Tensor] = {}
         self._files: list[list[str]] = []
@@ -79,7 +85,7 @@ class WeightsWriter:
         self._flush()
         count = len(self._files)
         if count == 1:
-            (self._folder / self._part(1)).rename(self._folder / WEIGHTS)
+            (self._folder / self._part(1)).rename(self._folder / self._single)
             return
         names: dict[str, str] = {}
         for number, keys in enumerate(self._files, start=1):
@@ -90,18 +96,21 @@ class WeightsWriter:
         (self._folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, write: bool) -> str:
+def write_weights(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], *, write: bool, writer: WeightsWriter | None = None
+) -> str:
     """Go through all weights once: hash them and, on the writing rank, put them into files.
 
     Args:
         folder: exists already.
         tensors: whole tensors, sorted by name; drawn on every rank, because making them whole is a collective.
         write: this rank writes and hashes; the others only take part.
+        writer: in place of one with the usual file names.
 
     Returns:
         The weights' SHA-256, '' on ranks that do not write.
     """
-    writer, weights = WeightsWriter(folder), WeightsHash()
+    writer, weights = writer or WeightsWriter(folder), WeightsHash()
     for name, tensor in tensors:
         if write:
             writer.add(name, tensor)

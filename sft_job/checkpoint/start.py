@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -12,6 +13,10 @@ from sft_job.checkpoint.state import Changes, RunState, compare_config, read_sta
 from sft_job.config.schema import JobConfig
 from sft_job.contract import ExitCode, RunFolder
 from sft_job.errors import JobError, Problem, ProblemsError
+
+START_FILE = "start.txt"
+"""In the report folder: the checkpoint that the supervisor verified, empty = none; the ranks do not verify again."""
+_TO_GO_ON = frozenset({"model", "optimizer"})
 
 
 @dataclass(frozen=True)
@@ -64,22 +69,29 @@ def find_start(config: JobConfig, run: RunFolder) -> Start:
     notes: list[str] = []
     folder: Path | None = None
     if own:
-        folder, notes = newest_whole(own)
+        folder, notes = newest_whole(own, _TO_GO_ON)
         if folder is None:
             raise JobError(ExitCode.NO_CHECKPOINT, "no checkpoint of this run is usable:\n" + "\n".join(notes))
     elif config.trainer.resume_path is not None:
         path = Path(config.trainer.resume_path)
-        folder, damaged = newest_whole([path])
+        folder, damaged = newest_whole([path], _TO_GO_ON)
         if folder is None:
             raise JobError(ExitCode.NO_CHECKPOINT, f"trainer.resume_path is not usable: {damaged[0]}")
-    if folder is None:
-        return Start()
+    return start_at(folder, config, run, notes) if folder is not None else Start()
+
+
+def start_at(folder: Path, config: JobConfig, run: RunFolder, notes: Sequence[str] = ()) -> Start:
+    """Begin at a checkpoint that is known to be whole.
+
+    Raises:
+        ProblemsError: 2 where the settings differ from the checkpoint's.
+    """
     state = read_state(folder)
     changes = compare_config(state, config)
     _refuse(changes, state, config, folder)
-    notes += [f"changed since the checkpoint: {change}" for change in (*changes.longer, *changes.safe)]
+    told = [f"changed since the checkpoint: {change}" for change in (*changes.longer, *changes.safe)]
     finished = run.final.exists() and state.step >= state.total_steps and not changes.longer
-    return Start(folder, state, finished, tuple(notes))
+    return Start(folder, state, finished, (*notes, *told))
 
 
 def _refuse(changes: Changes, state: RunState, config: JobConfig, folder: Path) -> None:
@@ -118,7 +130,9 @@ def refuse_other_data(start: Start, fingerprint: str, config: JobConfig) -> None
     Raises:
         ProblemsError: exit code 2.
     """
-    if start.state is None or start.state.data == fingerprint or "data.train_files" in config.trainer.allow_changed:
+    # The fingerprint covers options too (max_length, template, ...), which compare_config has judged by name.
+    allowed = any(key.partition(".")[0] == "data" for key in config.trainer.allow_changed)
+    if start.state is None or start.state.data == fingerprint or allowed:
         return
     raise ProblemsError(
         [

@@ -7,7 +7,9 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from omegaconf import OmegaConf
 
 from sft_job.config.schema import JobConfig
 
@@ -35,7 +37,10 @@ SAFE_KEYS = frozenset(
         "model.use_liger",
         "model.enable_gradient_checkpointing",
         "model.fsdp_config.wrap_policy.min_num_params",
+        "model.fsdp_config.fsdp_size",
         "model.fsdp_config.reshard_after_forward",
+        "model.external_lib",
+        "model.lora_adapter_path",  # where the adapter came from; its weights are the checkpoint's
         "model.fsdp_config.cpu_offload",
         "model.fsdp_config.offload_params",
         "trainer.default_local_dir",
@@ -72,6 +77,7 @@ class RunState:
     Attributes:
         step: optimizer steps done.
         total_steps: steps of the whole run, by the config it was saved under.
+        steps_per_epoch: optimizer steps of an epoch.
         epoch: epochs begun, as a number from 0.
         rows_done: rows of that epoch that were used.
         tokens: real tokens trained on so far.
@@ -84,11 +90,14 @@ class RunState:
         config: the settings, flat: full path -> value.
         kept: made by ``save_freq`` or at the end; otherwise at a stop.
         rng: how random numbers come about.
+        contents: which tensors the checkpoint holds: model, optimizer.
+        weights_sha256: of the trained weights, where they were exported with the checkpoint.
         version: of sft_job.
     """
 
     step: int
     total_steps: int
+    steps_per_epoch: int
     epoch: int
     rows_done: int
     tokens: int
@@ -101,6 +110,8 @@ class RunState:
     config: dict[str, Any]
     kept: bool
     version: str
+    contents: tuple[str, ...] = ("model", "optimizer")
+    weights_sha256: str = ""
     rng: str = field(default="torch: function of (trainer.seed, step, rank)")
 
     def to_json(self) -> str:
@@ -116,9 +127,20 @@ def read_state(folder: Path) -> RunState:
         ValueError: it is not what this version writes.
     """
     try:
-        return RunState(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
-    except TypeError as error:
+        fields = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        return RunState(**fields | {"contents": tuple(fields["contents"])})
+    except (TypeError, KeyError) as error:
         raise ValueError(f"{folder / STATE_FILE}: {error}") from error
+
+
+def saved_config(state: RunState) -> JobConfig:
+    """The settings that a checkpoint was made with."""
+    tree: Any = OmegaConf.structured(JobConfig)
+    known = flat_config(JobConfig())
+    for key, value in state.config.items():
+        if key in known:
+            OmegaConf.update(tree, key, value, merge=False)
+    return cast(JobConfig, OmegaConf.to_object(tree))
 
 
 def flat_config(config: JobConfig) -> dict[str, Any]:
@@ -163,17 +185,19 @@ class Changes:
 
 def compare_config(saved: RunState, config: JobConfig) -> Changes:
     """Sort every difference between a checkpoint's settings and the present ones."""
-    now = flat_config(config)
+    now, defaults = flat_config(config), flat_config(JobConfig())
     allowed = set(config.trainer.allow_changed)
     refused: list[Change] = []
     longer: list[Change] = []
     safe: list[Change] = []
     for key in sorted(now.keys() | saved.config.keys()):
-        change = Change(key, saved.config.get(key), now.get(key))
+        # A setting that is newer than the checkpoint had its default then.
+        change = Change(key, saved.config.get(key, defaults.get(key)), now.get(key, defaults.get(key)))
         if change.old == change.new:
             continue
-        if key in LENGTH_KEYS and _is_longer(change):
-            longer.append(change)
+        if key in LENGTH_KEYS:
+            grows = total_steps(config, saved.steps_per_epoch) - saved.total_steps
+            (longer if grows > 0 else safe if grows == 0 or key in allowed else refused).append(change)
         elif key in SAFE_KEYS or any(key == name or key.startswith(f"{name}.") for name in allowed):
             safe.append(change)
         else:
@@ -181,8 +205,6 @@ def compare_config(saved: RunState, config: JobConfig) -> Changes:
     return Changes(tuple(refused), tuple(longer), tuple(safe))
 
 
-def _is_longer(change: Change) -> bool:
-    # total_training_steps: null means "by total_epochs", which is never shorter than a number that was reached.
-    if change.new is None:
-        return True
-    return change.old is not None and change.new > change.old
+def total_steps(config: JobConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps of the whole run: ``total_training_steps`` may be less or more than the epochs give."""
+    return config.trainer.total_training_steps or config.trainer.total_epochs * steps_per_epoch

@@ -1,4 +1,4 @@
-"""What every key of the YAML does, or why it does nothing; old and other names of keys."""
+"""What every key of the YAML does, or why it does nothing, and the table of them all."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, cast
 
 from sft_job.config.fields import leaf_fields
+from sft_job.config.verl import ALIASES, FOREIGN, VERL_DEFAULTS
 
 
 @dataclass(frozen=True)
@@ -24,30 +25,6 @@ class KeyEffect:
     ignored: str = ""
     refused: str = ""
 
-
-@dataclass(frozen=True)
-class Alias:
-    """Another name of a key.
-
-    Attributes:
-        target: full path of the key that it means.
-        unset: values of the other name that mean "not set".
-    """
-
-    target: str
-    unset: tuple[Any, ...] = (None,)
-
-
-ALIASES: Mapping[str, Alias] = MappingProxyType(
-    {
-        "data.micro_batch_size": Alias("data.micro_batch_size_per_gpu"),
-        "model.path": Alias("model.partial_pretrain"),
-        "optim.lr_warmup_steps": Alias("optim.warmup_steps", unset=(None, 0, -1)),
-        "optim.lr_warmup_steps_ratio": Alias("optim.warmup_steps_ratio"),
-        "trainer.resume_from_path": Alias("trainer.resume_path"),
-    }
-)
-"""Other name -> key. A new name is one line here."""
 
 FRAGMENTS: Mapping[str, str] = MappingProxyType(
     {
@@ -79,22 +56,34 @@ _DOES: Mapping[str, str] = {
     "data.max_length": "longest row in tokens; nothing is padded to it",
     "data.truncation": "what happens to a longer row: error (exit 65), left (its start is cut), right (its end is cut)",
     "data.apply_chat_template_kwargs": "extra variables for the chat template",
+    "data.chat_template": "chat template to use instead of the tokenizer's: its text, or a file",
+    "data.custom_cls.path": "Python file with a data set class of the user's own, which makes the rows",
     "data.custom_cls.name": "class in custom_cls.path",
+    "data.use_shm": "copies the data files to /dev/shm first and reads them there",
     "data.cache_dir": "folder of the token cache; null = cache/ in the run folder",
     "data.num_workers": "processes that tokenise; null = the cores this process may use",
     "model.partial_pretrain": "folder of the base model and its tokenizer; must be set",
     "model.init": "pretrained = reads the weights; random = draws them from trainer.seed",
+    "model.use_shm": "copies the model folder to /dev/shm first and reads it there",
+    "model.external_lib": "Python module that every rank imports before the model is built",
+    "model.fsdp_config.cpu_offload": "keeps weights, gradients and optimizer states in host memory",
+    "model.fsdp_config.offload_params": "the same as cpu_offload; either alone is enough",
+    "model.fsdp_config.fsdp_size": "ranks that share one copy of the weights (HSDP between the copies); -1 = all",
     "model.fsdp_config.model_dtype": "dtype of weights and optimizer states: bf16, fp32 or fp64",
     "model.fsdp_config.dtype": "dtype of the computation; null = bf16 on CUDA, model_dtype on CPU",
     "model.fsdp_config.reshard_after_forward": "frees a block's gathered weights after its forward",
     "model.enable_gradient_checkpointing": "recomputes decoder blocks in the backward to save memory",
     "model.trust_remote_code": "runs Python code that the model folder brings",
-    "model.lora_alpha": "scale of the LoRA adapters, with lora_rank > 0",
-    "model.target_modules": "modules that get LoRA adapters, with lora_rank > 0",
+    "model.lora_rank": "rank of the LoRA adapters; 0 = trains all weights",
+    "model.lora_alpha": "scale of the LoRA adapters: lora_alpha / lora_rank, with lora_rank > 0",
+    "model.target_modules": "modules that get adapters: all-linear, a list of names, or a pattern",
+    "model.exclude_modules": "modules that get none although target_modules names them: names, or a pattern",
+    "model.lora_adapter_path": "folder of a PEFT LoRA adapter to go on from; its rank, alpha and modules hold",
     "optim.lr": "peak learning rate",
     "optim.betas": "AdamW's decay rates",
     "optim.eps": "AdamW's epsilon",
     "optim.weight_decay": "AdamW's decoupled weight decay, on every trained weight",
+    "optim.no_decay_on_norms_and_biases": "leaves weights of one dimension out of the weight decay",
     "optim.warmup_steps_ratio": "share of all steps over which the rate rises",
     "optim.warmup_steps": "the same in steps; wins over the ratio",
     "optim.clip_grad": "largest global gradient norm; 0 = no clipping",
@@ -103,13 +92,15 @@ _DOES: Mapping[str, str] = {
     "ulysses_sequence_parallel_size": "ranks that share each sequence",
     "use_remove_padding": "packs the rows of a micro-batch into one sequence; false = one row a forward pass",
     "trainer.default_local_dir": "run folder, where the environment does not set CHECKPOINT_DIR",
+    "trainer.default_hdfs_dir": "folder or fsspec URL to which published checkpoints are uploaded in the background; "
+    "auto-resume reads it where the run folder is empty",
     "trainer.resume_mode": "auto = newest checkpoint of the run folder; disable; resume_path",
     "trainer.resume_path": "checkpoint folder global_step_N to start from",
     "trainer.project_name": "project in wandb",
     "trainer.experiment_name": "name of the run in wandb",
     "trainer.total_epochs": "passes over the training rows",
     "trainer.total_training_steps": "ends after this many steps, the learning rate with it; null = by total_epochs",
-    "trainer.logger": "console and wandb; metrics.jsonl is always written",
+    "trainer.logger": "any of console, wandb, tensorboard and file; file is metrics.jsonl, which is always written",
     "trainer.seed": "drives row order, dropout and random initialisation",
     "trainer.save_freq": "steps between kept checkpoints; -1 = only the last one",
     "trainer.test_freq": "steps between validations, or after_each_epoch; -1 = only at the end",
@@ -124,7 +115,8 @@ _DOES: Mapping[str, str] = {
 _IGNORED: Mapping[str, str] = {
     "data.balance_dp_token": "rows are always balanced over the ranks and the loss always counts every token once",
     "model.fsdp_config.wrap_policy.min_num_params": "the FSDP groups are always the decoder blocks",
-    "model.use_liger": "the loss is always computed in chunks, which saves the memory that Liger would",
+    "model.use_liger": "the loss is always computed in chunks, which saves the memory that Liger would; "
+    "Liger was not measured to be faster here",
     "model.strategy": "fsdp and fsdp2 both mean FSDP2",
     "trainer.nnodes": "the launcher decides (NNODES); a difference is a warning",
     "trainer.n_gpus_per_node": "the launcher decides (NPROC_PER_NODE); a difference is a warning",
@@ -132,42 +124,55 @@ _IGNORED: Mapping[str, str] = {
 
 _REFUSED: Mapping[str, str] = {
     "data.multiturn.enable": "trains on a column of messages",
-    "data.chat_template": "chat template to use instead of the tokenizer's",
-    "data.custom_cls.path": "Python file with a data set class of the user's own",
-    "data.use_shm": "copies the data files to shared memory first",
-    "model.use_shm": "copies the model to shared memory first",
-    "model.fsdp_config.cpu_offload": "keeps weights, gradients and optimizer states in host memory",
-    "model.fsdp_config.offload_params": "other name of cpu_offload",
-    "model.external_lib": "Python module to import before the model is built",
-    "model.lora_rank": "rank of the LoRA adapters; 0 = trains all weights",
-    "trainer.default_hdfs_dir": "remote folder for published checkpoints",
 }
 
 
 def _all_keys() -> dict[str, KeyEffect]:
     keys = {key: KeyEffect(effect=text) for key, text in _DOES.items()}
     keys |= {key: KeyEffect(ignored=text) for key, text in _IGNORED.items()}
-    keys |= {key: KeyEffect(refused=text) for key, text in _REFUSED.items()}
-    return keys | {name: KeyEffect(effect=f"other name of {alias.target}") for name, alias in ALIASES.items()}
+    return keys | {key: KeyEffect(refused=text) for key, text in _REFUSED.items()}
 
 
 KEYS: Mapping[str, KeyEffect] = MappingProxyType(_all_keys())
-"""Full path of every key that a YAML may hold -> what it does. Those refused are the work of later versions."""
+"""Full path of every setting -> what it does. Those refused are the work of later versions."""
+
+_INTRO = """The column Default holds, whichever of verl's files a key comes from. The column after it shows verl's own
+defaults where they differ: of `sft_trainer.yaml` / of `sft_trainer_engine.yaml` (– = no such key).
+"""
+_VERL_INTRO = """
+Further names of verl's files. What is ignored is listed when the job starts; a value other than those accepted is a
+problem, because leaving it out would change what is computed.
+"""
 
 
 def keys_table() -> str:
-    """The table key, default, effect as Markdown, in the order of ``schema.py``; other names come last."""
-    lines = ["| Key | Default | Effect |", "|---|---|---|"]
-    defaults = {path: f"`{_yaml_text(field.default)}`" for path, field in leaf_fields().items()}
-    for key in [*defaults, *sorted(ALIASES)]:
+    """Every key as Markdown: the settings in the order of ``schema.py``, then verl's other names."""
+    lines = [_INTRO, "| Key | Default | verl's | Effect |", "|---|---|---|---|"]
+    for key, field in leaf_fields().items():
         entry = KEYS[key]
         text = entry.effect
         if entry.ignored:
             text = f"ignored: {entry.ignored}"
         elif entry.refused:
             text = f"{entry.refused} (not in this version: refused)"
-        lines.append(f"| `{key}` | {defaults.get(key, '')} | {text} |")
+        lines.append(f"| `{key}` | `{_yaml_text(field.default)}` | {_verl_default(key)} | {text} |")
+    lines += [_VERL_INTRO, "| verl's name | Here |", "|---|---|"]
+    lines += [f"| `{name}` | {text} |" for name, text in _other_names().items()]
     return "\n".join(lines) + "\n"
+
+
+def _verl_default(key: str) -> str:
+    if key not in VERL_DEFAULTS:
+        return ""
+    old, engine = (f"`{text}`" if text else "–" for text in VERL_DEFAULTS[key])
+    return old if old == engine else f"{old} / {engine}"
+
+
+def _other_names() -> dict[str, str]:
+    names = {name: f"`{alias.target}`" + (f"; {alias.note}" if alias.note else "") for name, alias in ALIASES.items()}
+    for name, entry in FOREIGN.items():
+        names[name] = (f"only {entry.only}: " if entry.only else "ignored: ") + entry.why
+    return dict(sorted(names.items()))
 
 
 def _yaml_text(value: Any) -> str:

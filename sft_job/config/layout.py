@@ -11,6 +11,7 @@ from sft_job.contract import ExitCode
 from sft_job.errors import Problem
 
 _ULYSSES = "ulysses_sequence_parallel_size"
+_SHARDS = "model.fsdp_config.fsdp_size"
 _MODEL = "model.partial_pretrain"
 _BEYOND = {
     "default": "RoPE goes on to angles that the model was never trained on; what it does there it learns in this run "
@@ -62,6 +63,19 @@ def check_layout(
     else:
         fix = f"sizes that fit {_ranks(world)}: {_listed([each for each in sizes if world % each == 0])}"
     return [Problem(ExitCode.CONFIG, _ULYSSES, "; ".join(reasons), fix, size, where)]
+
+
+def check_shards(config: JobConfig, topology: Topology, origin: Callable[[str], str]) -> list[Problem]:
+    """The size of an FSDP group against the ranks, with the arithmetic and the sizes that would do."""
+    size, world = config.model.fsdp_config.fsdp_size, topology.world
+    if size == -1 or (size >= 1 and world % size == 0):
+        return []
+    sizes = _listed([each for each in range(1, world + 1) if world % each == 0])
+    if size < 1:
+        rule = "must be a whole number from 1, or -1 for all ranks"
+    else:
+        rule = f"it must divide the number of ranks: {_ranks(world)} / {size} = {_quotient(world, size)}"
+    return [Problem(ExitCode.CONFIG, _SHARDS, rule, f"-1, or one of {sizes}", size, origin(_SHARDS))]
 
 
 def check_model(config: JobConfig, model: ModelFacts | None, origin: Callable[[str], str]) -> list[Problem]:

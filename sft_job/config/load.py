@@ -20,8 +20,9 @@ from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from sft_job.config.fields import Field, leaf_fields, suggestion, value_at
 from sft_job.config.keys import KEYS
 from sft_job.config.schema import JobConfig
-from sft_job.config.settings import NULL_TAG, NodeReader, Setting, wrong_type
+from sft_job.config.settings import NULL_TAG, ForeignValue, NodeReader, Setting, wrong_type
 from sft_job.config.source import UnreadableYamlError, find_config, read_text, yaml_nodes
+from sft_job.config.verl import ALIASES
 from sft_job.contract import Env, ExitCode, RunFolder
 from sft_job.errors import Problem, raise_problems
 
@@ -39,7 +40,8 @@ class Loaded:
         origins: full path -> where the value was set, for every setting that the file, the environment or the
             command line sets: ``sft_trainer.yaml:12``, ``environment CHECKPOINT_DIR``, ``command line``.
         mappings: lines that tell which other names were read as which key.
-        ignored: lines that tell which settings were changed from their default and have no use, and why.
+        ignored: lines that tell which settings were changed from their default and have no use, and why, and the
+            same for every key of verl's that is no setting.
         problems: all problems found, exit code 2.
         path: the config file, None where none was found.
         readable: False where the file could not be read as YAML, so that nothing follows from what is missing.
@@ -130,6 +132,8 @@ class _Layers:
         self.fields = fields
         self.tree = cast("DictConfig", OmegaConf.structured(JobConfig))
         self.origins: dict[str, str] = {}
+        self.names: dict[str, str] = {}
+        self.foreign: dict[str, ForeignValue] = {}
         self.mappings: list[str] = []
         self.problems: list[Problem] = []
 
@@ -145,8 +149,7 @@ class _Layers:
             origin = "" if error.line is None else f"{path.name}:{error.line}"
             self.problems.append(Problem(ExitCode.CONFIG, str(path), error.rule, error.fix, origin=origin))
             return False
-        self.problems.extend(reader.problems)
-        self._apply(reader.settings)
+        self._add(reader)
         return isinstance(root, yaml.MappingNode)
 
     def add_run_folder(self, environ: Mapping[str, str]) -> None:
@@ -181,7 +184,11 @@ class _Layers:
             node = root if root is not None else yaml.ScalarNode(NULL_TAG, "")
             reader = NodeReader(loader, self.fields, lambda _: _COMMAND_LINE)
             reader.read(key, node, node)
+        self._add(reader)
+
+    def _add(self, reader: NodeReader) -> None:
         self.problems.extend(reader.problems)
+        self.foreign.update({each.key: each for each in reader.foreign})
         self._apply(reader.settings)
 
     def _as_override(self, word: str) -> str:
@@ -191,10 +198,14 @@ class _Layers:
     def _problem(self, subject: str, rule: str, fix: str, value: Any, origin: str = _COMMAND_LINE) -> None:
         self.problems.append(Problem(ExitCode.CONFIG, subject, rule, fix, value, origin))
 
-    def _apply(self, settings: Iterable[Setting]) -> None:
+    def _apply(self, settings: Sequence[Setting]) -> None:
         """Put one layer's settings into the tree."""
         seen: dict[str, Setting] = {}
         for setting in settings:
+            if setting.unset:
+                if not any(each.key == setting.key and not each.unset for each in settings):
+                    self._unset(setting)
+                continue
             other = seen.setdefault(setting.key, setting)
             if other is not setting and other.value != setting.value:
                 rule = f"means the same as {other.written} = {other.value!r} ({other.origin}), which differs"
@@ -202,9 +213,23 @@ class _Layers:
                 continue
             if self._set(setting):
                 self.origins[setting.key] = setting.origin
+                self.names[setting.key] = setting.written
                 self.origins.update({f"{setting.key}[{at}]": origin for at, origin in enumerate(setting.items)})
             if setting.written != setting.key:
-                self.mappings.append(f"{setting.written} ({setting.origin}) -> {setting.key} = {setting.value}")
+                self.mappings.append(_mapping(setting))
+
+    def _unset(self, setting: Setting) -> None:
+        """A later layer takes back what an earlier one set under this name; under another name it holds."""
+        key = setting.key
+        if key not in self.origins:
+            return
+        if self.names[key] == setting.written:
+            OmegaConf.update(self.tree, key, copy.deepcopy(self.fields[key].default), merge=False)
+            self.origins = {at: origin for at, origin in self.origins.items() if at.partition("[")[0] != key}
+            return
+        given = f"{setting.written} = {_one_line(setting.given)} ({setting.origin})"
+        holds = f"{key} = {_one_line(_as_written(self.tree, key))} ({self.origins[key]})"
+        self.mappings.append(f"{given} sets nothing: {holds} holds")
 
     def _set(self, setting: Setting) -> bool:
         if isinstance(setting.value, str) and not _encodable(setting.value):
@@ -249,7 +274,15 @@ class _Layers:
             for key, leaf in self.fields.items()
             if KEYS[key].ignored and value_at(config, key) != leaf.default
         ]
+        self._judge_foreign()
+        ignored += _foreign_lines(self.foreign.values())
         return Loaded(config, self.tree, self.origins, self.mappings, ignored, self.problems, path, readable)
+
+    def _judge_foreign(self) -> None:
+        for each in self.foreign.values():
+            if not each.entry.holds(each.value):
+                rule = f"only {each.entry.only}: {each.entry.why}"
+                self._problem(each.key, rule, each.entry.fix, each.value, each.origin)
 
 
 def _require_run_folder(loaded: Loaded) -> None:
@@ -258,6 +291,25 @@ def _require_run_folder(loaded: Loaded) -> None:
     rule = f"the run has no folder: neither {Env.CHECKPOINT_DIR} nor {_RUN_FOLDER_KEY} is set"
     fix = f"set {Env.CHECKPOINT_DIR} (the run folder is then ${Env.CHECKPOINT_DIR}/sft)"
     loaded.problems.append(Problem(ExitCode.CONFIG, _RUN_FOLDER_KEY, rule, fix, origin=loaded.origin(_RUN_FOLDER_KEY)))
+
+
+def _mapping(setting: Setting) -> str:
+    note = ALIASES[setting.written].note
+    given = "" if setting.given == setting.value else f" = {_one_line(setting.given)}"
+    line = f"{setting.written}{given} ({setting.origin}) -> {setting.key} = {_one_line(setting.value)}"
+    return f"{line}; {note}" if note else line
+
+
+def _foreign_lines(values: Iterable[ForeignValue]) -> list[str]:
+    """Keys that are accepted and do nothing, one line for each reason."""
+    by_reason: dict[str, list[ForeignValue]] = {}
+    for each in values:
+        if each.entry.holds(each.value):
+            by_reason.setdefault(each.entry.why, []).append(each)
+    return [
+        f"ignored: {', '.join(f'{each.key} ({each.origin})' for each in found)}: {reason}"
+        for reason, found in by_reason.items()
+    ]
 
 
 def _unresolved(tree: DictConfig, key: str) -> tuple[str, str] | None:

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sft_job.config.fields import value_at
-from sft_job.config.keys import ALIASES
 from sft_job.config.load import Loaded, load_config
 from sft_job.config.model_folder import ModelFacts, read_model_folder
 from sft_job.config.topology import Topology, read_topology
 from sft_job.config.validate import validate
+from sft_job.config.verl import ALIASES
 from sft_job.contract import ExitCode
 from sft_job.errors import Problem
 
@@ -57,7 +57,8 @@ def resolve(config_arg: str | None, overrides: Sequence[str], environ: Mapping[s
         # A setting that could not be read has its default value here: no second problem about that.
         faulty = {_setting_of(problem) for problem in problems}
         if topology_problems:
-            faulty.add("ulysses_sequence_parallel_size")  # the number of ranks is not known
+            # The number of ranks is not known.
+            faulty |= {"ulysses_sequence_parallel_size", "model.fsdp_config.fsdp_size"}
         path = loaded.config.model.partial_pretrain
         if path and _MODEL not in faulty:
             need_weights = loaded.config.model.init != "random"

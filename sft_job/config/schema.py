@@ -106,6 +106,9 @@ class FsdpConfig:
     """Keep parameters, gradients and optimizer states in host memory."""
     offload_params: bool = False
     """Other name of cpu_offload."""
+    fsdp_size: int = -1
+    """Ranks over which parameters are sharded; -1 = all. A smaller number shards within groups of that many
+    neighbouring ranks and replicates between the groups (HSDP)."""
     reshard_after_forward: bool = True
     """Free a block's gathered weights after its forward; false keeps them for the backward."""
 
@@ -134,6 +137,10 @@ class ModelConfig:
     """Scale of the LoRA adapters is lora_alpha / lora_rank."""
     target_modules: Any = "all-linear"
     """Modules that get LoRA adapters: all-linear or a list of names."""
+    exclude_modules: Any = None
+    """Modules that get no LoRA adapter although target_modules names them: a list of names, or a pattern."""
+    lora_adapter_path: Optional[str] = None
+    """Folder of a PEFT LoRA adapter to go on from; its rank, alpha and modules hold."""
     use_liger: bool = False
     """Kept for old files."""
     strategy: str = "fsdp"
@@ -152,6 +159,8 @@ class OptimConfig:
     """AdamW's epsilon."""
     weight_decay: float = 0.01
     """AdamW's decoupled weight decay, on every trained weight."""
+    no_decay_on_norms_and_biases: bool = False
+    """Leave weights of one dimension (norms, biases) out of the weight decay."""
     warmup_steps_ratio: float = 0.1
     """Share of all steps over which the rate rises; unused where warmup_steps is set."""
     warmup_steps: Optional[int] = None
@@ -194,7 +203,7 @@ class TrainerConfig:
     total_training_steps: Optional[int] = None
     """End after this many optimizer steps; null = by total_epochs. The learning rate's horizon follows."""
     logger: List[str] = field(default_factory=lambda: ["console"])
-    """Any of console and wandb; metrics.jsonl is always written."""
+    """Any of console, wandb, tensorboard and file; file means metrics.jsonl, which is always written."""
     seed: int = 1
     """Drives row order, dropout and random initialisation."""
     save_freq: int = -1

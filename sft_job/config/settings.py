@@ -10,7 +10,8 @@ from typing import Any, cast
 import yaml
 
 from sft_job.config.fields import Field, join, section_paths, suggestion
-from sft_job.config.keys import ALIASES, FRAGMENTS
+from sft_job.config.keys import FRAGMENTS
+from sft_job.config.verl import ALIASES, FOREIGN, Alias, Foreign, foreign
 from sft_job.contract import ExitCode
 from sft_job.errors import Problem
 
@@ -38,6 +39,8 @@ class Setting:
         value: its value; a text with ``${...}`` is not resolved yet.
         origin: where it stands.
         items: where a list's items stand, in their order.
+        given: the value as it was written, which differs from value where another name has other words for it.
+        unset: the other name was given a value that means "not set".
     """
 
     key: str
@@ -45,6 +48,25 @@ class Setting:
     value: Any
     origin: str
     items: tuple[str, ...] = ()
+    given: Any = None
+    unset: bool = False
+
+
+@dataclass(frozen=True)
+class ForeignValue:
+    """A key of verl's without a counterpart that a layer sets.
+
+    Attributes:
+        key: full path, or an item of a list.
+        entry: what is known about it.
+        value: its value; unresolved where it is a text with ``${...}``.
+        origin: where it stands.
+    """
+
+    key: str
+    entry: Foreign
+    value: Any
+    origin: str
 
 
 class NodeReader:
@@ -59,9 +81,11 @@ class NodeReader:
     def __init__(self, loader: Any, fields: Mapping[str, Field], where: Callable[[yaml.Node], str]) -> None:
         self.loader = loader
         self.fields = fields
-        self.sections = section_paths(fields)
+        self.own_sections = section_paths(fields)
+        self.sections = self.own_sections | section_paths([*ALIASES, *FOREIGN])
         self.where = where
         self.settings: list[Setting] = []
+        self.foreign: list[ForeignValue] = []
         self.problems: list[Problem] = []
 
     def problem(self, subject: str, node: yaml.Node, rule: str, fix: str = "", value: Any = _NO_VALUE) -> None:
@@ -73,20 +97,23 @@ class NodeReader:
         """Read the value of one key, be it a section, a setting or unknown."""
         alias = ALIASES.get(path)
         owner = _dict_owner(path, self.fields)
+        entry = foreign(path)
         if path in self.sections:
             self.read_section(path, node)
         elif path in self.fields:
             self._read_field(self.fields[path], path, key_node, node)
         elif alias is not None:
-            self._read_field(self.fields[alias.target], path, key_node, node, alias.unset)
+            self._read_field(self.fields[alias.target], path, key_node, node, alias)
         elif owner is not None:
             self._read_free(path, owner, key_node, node)
+        elif entry is not None:
+            self._read_foreign(path, entry, key_node, node)
         elif path in FRAGMENTS:
             full = FRAGMENTS[path]
             fix = f"it belongs below {full.rpartition('.')[0]}, as {full}"
             self.problem(path, key_node, "unknown key at the top level", fix)
         else:
-            self.problem(path, key_node, "unknown key", suggestion(path, self.fields))
+            self.problem(path, key_node, "unknown key", self._suggestion(path))
 
     def read_section(self, path: str, node: yaml.Node) -> None:
         """Read all keys of a section; one without any content sets nothing."""
@@ -129,12 +156,31 @@ class NodeReader:
                 kept.append((key, value))
         return kept
 
+    def _suggestion(self, path: str) -> str:
+        theirs = [*ALIASES, *FOREIGN]
+        in_theirs = path.rpartition(".")[0] in self.sections - self.own_sections
+        first, second = (theirs, self.fields) if in_theirs else (self.fields, theirs)
+        return suggestion(path, first) or suggestion(path, second)
+
+    def _read_foreign(self, path: str, entry: Foreign, key_node: yaml.Node, node: yaml.Node) -> None:
+        pairs = [(path, key_node, node)]
+        if entry.each and isinstance(node, yaml.SequenceNode):
+            pairs = [(f"{path}[{at}]", item, item) for at, item in enumerate(node.value)]
+        for name, place, each in pairs:
+            value = self._value(name, each)
+            if value is not _NO_VALUE:
+                self.foreign.append(ForeignValue(name, entry, value, self.where(place)))
+
     def _read_field(
-        self, field: Field, written: str, key_node: yaml.Node, node: yaml.Node, unset: tuple[Any, ...] = ()
+        self, field: Field, written: str, key_node: yaml.Node, node: yaml.Node, alias: Alias | None = None
     ) -> None:
-        value = self._value(written, node)
-        if value is _NO_VALUE or any(value is each or value == each for each in unset):
+        given = self._value(written, node)
+        if given is _NO_VALUE:
             return
+        if alias is not None and any(given is each or (given == each and given is not False) for each in alias.unset):
+            self.settings.append(Setting(field.path, written, None, self.where(key_node), given=given, unset=True))
+            return
+        value = _own_names(alias.convert(given) if alias else given)
         if field.kind is list and isinstance(node, yaml.SequenceNode):
             odd = [_odd(field.item, item, each) for item, each in zip(node.value, value, strict=True)]
             for index, (item, fault) in enumerate(zip(node.value, odd, strict=True)):
@@ -148,7 +194,7 @@ class NodeReader:
                 self.problem(written, key_node, *fault, value)
                 return
         items = tuple(map(self.where, node.value)) if isinstance(node, yaml.SequenceNode) else ()
-        self.settings.append(Setting(field.path, written, value, self.where(key_node), items))
+        self.settings.append(Setting(field.path, written, value, self.where(key_node), items, given))
 
     def _read_free(self, path: str, owner: str, key_node: yaml.Node, node: yaml.Node) -> None:
         """A key of a setting that is itself a mapping of free keys, as the command line may name it."""
@@ -191,6 +237,17 @@ def wrong_type(field: Field, value: Any) -> tuple[str, str]:
 def value_kind(value: Any) -> str:
     """The kind of a value in words."""
     return "null" if value is None else _KINDS.get(cast("type[Any]", type(value)), type(value).__name__)
+
+
+def _own_names(value: Any) -> Any:
+    """The value with references to verl's names (``${model.path}``) turned into references to settings."""
+    if isinstance(value, list):
+        return [_own_names(each) for each in cast("list[Any]", value)]
+    if not isinstance(value, str):
+        return value
+    return re.sub(
+        r"\$\{([\w.]+)\}", lambda found: f"${{{ALIASES[found[1]].target if found[1] in ALIASES else found[1]}}}", value
+    )
 
 
 def _odd(kind: Any, node: yaml.Node, value: Any) -> tuple[str, str] | None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from sft_job.config.fields import leaf_fields, nearest, value_at
-from sft_job.config.keys import ALIASES, KEYS
-from sft_job.config.layout import check_layout, check_model, layout_warnings
+from sft_job.config.keys import KEYS
+from sft_job.config.layout import check_layout, check_model, check_shards, layout_warnings
 from sft_job.config.model_folder import ModelFacts
+from sft_job.config.references import adapter_warnings, check_references
 from sft_job.config.schema import JobConfig
 from sft_job.config.topology import Topology
 from sft_job.contract import ExitCode, step_of
@@ -38,15 +40,18 @@ def validate(
         origin: from a setting's full path to where it was set; an empty text for a default value.
 
     Returns:
-        Problems with exit code 2, and warnings as lines to show.
+        Problems with exit code 2, or 66 for the adapter's folder, and warnings as lines to show.
     """
     problems = [*_single(config, origin), *_members(config, origin)]
     wrong = {problem.subject for problem in problems}
     problems.extend(problem for problem in _refused(config, origin) if problem.subject not in wrong)
     problems.extend(_resume(config, origin))
+    problems.extend(problem for problem in check_references(config, origin) if problem.subject not in wrong)
     problems.extend(check_layout(config, topology, model, origin))
+    problems.extend(check_shards(config, topology, origin))
     problems.extend(check_model(config, model, origin))
-    return problems, [*_warnings(config, model, origin), *layout_warnings(config, topology, model, origin)]
+    warnings = [*_warnings(config, model, origin), *adapter_warnings(config, origin)]
+    return problems, [*warnings, *layout_warnings(config, topology, model, origin)]
 
 
 def _whole(value: Any) -> bool:
@@ -84,6 +89,19 @@ def _names(what: str) -> _Rule:
     return _Rule(f"must be {what} or a list of them", holds)
 
 
+def _patterns(what: str) -> _Rule:
+    """The same; a text alone is a regular expression over the modules' full names."""
+    names = _names(what)
+
+    def holds(value: Any) -> bool:
+        try:
+            return names.holds(value) and (isinstance(value, list) or bool(re.compile(value)))
+        except (re.error, RecursionError, OverflowError):
+            return False
+
+    return _Rule(f"{names.text} (a text alone is read as a regular expression)", holds)
+
+
 _POSITIVE = _number("a finite number above 0", lambda value: value > 0)
 _NOT_NEGATIVE = _number("a finite number from 0", lambda value: value >= 0)
 _SHARE = _number("a number from 0 to 1", lambda value: 0 <= value <= 1)
@@ -114,7 +132,14 @@ _RULES: Mapping[str, _Rule] = {
     "model.fsdp_config.dtype": _or(None, _DTYPE),
     "model.lora_rank": _at_least(0),
     "model.lora_alpha": _POSITIVE,
-    "model.target_modules": _names("all-linear, a module name"),
+    "model.target_modules": _patterns("all-linear, a module name, a pattern"),
+    "model.exclude_modules": _or(None, _patterns("a module name, a pattern")),
+    "model.lora_adapter_path": _NOT_EMPTY,
+    "data.chat_template": _NOT_EMPTY,
+    "data.custom_cls.path": _NOT_EMPTY,
+    "data.custom_cls.name": _NOT_EMPTY,
+    "model.external_lib": _NOT_EMPTY,
+    "trainer.default_hdfs_dir": _NOT_EMPTY,
     "model.strategy": _one_of("fsdp", "fsdp2"),
     "optim.lr": _POSITIVE,
     "optim.betas": _Rule(
@@ -141,7 +166,7 @@ _RULES: Mapping[str, _Rule] = {
 
 _MEMBER_RULES: Mapping[str, _Rule] = {
     "trainer.checkpoint.save_contents": _some_of("model", "optimizer", "extra", "hf_model"),
-    "trainer.logger": _some_of("console", "wandb"),
+    "trainer.logger": _some_of("console", "wandb", "tensorboard", "file"),
 }
 
 
@@ -162,13 +187,12 @@ def _hint(value: Any, rule: _Rule) -> str:
 
 def _members(config: JobConfig, origin: Callable[[str], str]) -> list[Problem]:
     """Rules for each member of a list."""
-    known = {*KEYS} - {*ALIASES}
-    known_key = _Rule("must be the full path of a setting", lambda key: key in known)
+    known_key = _Rule("must be the full path of a setting", lambda key: key in KEYS)
     problems: list[Problem] = []
     for key, rule in {**_MEMBER_RULES, "trainer.allow_changed": known_key}.items():
         for index, member in enumerate(cast("list[str]", value_at(config, key))):
             if not rule.holds(member):
-                close = nearest(member, known) if rule is known_key else None
+                close = nearest(member, KEYS) if rule is known_key else None
                 hint = f"did you mean {close}?" if close else _hint(member, rule)
                 subject = f"{key}[{index}]"
                 problems.append(Problem(ExitCode.CONFIG, subject, rule.text, hint, member, origin(subject)))

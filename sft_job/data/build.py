@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -15,7 +15,7 @@ from typing import Any
 from sft_job.contract import ExitCode
 from sft_job.data.faults import FaultLog
 from sft_job.data.files import FileFooter, footer_problems, read_footers
-from sft_job.data.pieces import read_pieces
+from sft_job.data.pieces import Piece, numbered_pieces, read_pieces
 from sft_job.data.spec import CacheSpec
 from sft_job.data.tokenise import FileCounts, Part, PieceResult, PieceTokeniser
 from sft_job.data.workers import tokenise_here, tokenise_in_processes
@@ -27,6 +27,7 @@ LENGTHS = "lengths.int32"
 TARGETS = "targets.int32"
 # Below this much text one process is done before others have started.
 _SMALL = 2_000_000
+_FEW_ROWS = 2_000
 _MANY_SET_ASIDE = 0.05
 
 Progress = Callable[[int, int], None]
@@ -67,13 +68,20 @@ def build(spec: CacheSpec, folder: Path, fingerprint: str, workers: int, progres
         JobError: exit 137, where a worker process was killed.
         OSError: the folder cannot be written.
     """
-    footers = read_footers(spec.files, spec.columns, spec.files_option)
-    raise_problems(footer_problems(spec.files, footers, spec.files_option))
+    footers: list[FileFooter] = []
+    if spec.custom is None:
+        footers = read_footers(spec.sources, spec.columns, spec.files_option)
+        raise_problems(footer_problems(spec.files, footers, spec.files_option))
     tokeniser = PieceTokeniser(spec, folder)
-    total_rows = sum(footer.rows for footer in footers)
+    total_rows = sum(footer.rows for footer in footers) if tokeniser.custom is None else len(tokeniser.custom)
     max_rows = total_rows if spec.max_samples < 0 else min(total_rows, spec.max_samples)
     outcome, unread = _Outcome(), FaultLog()
-    results = _results(spec, tokeniser, folder, footers, max_rows, workers, unread)
+    if spec.custom is None:
+        pieces = read_pieces(spec.sources, footers, spec.columns, max_rows, unread)
+        small = sum(footer.text_bytes for footer in footers) < _SMALL
+    else:
+        pieces, small = numbered_pieces(max_rows), max_rows < _FEW_ROWS
+    results = _results(spec, tokeniser, folder, pieces, 1 if small else workers)
     done = 0
     with closing(results), (folder / LENGTHS).open("wb") as lengths, (folder / TARGETS).open("wb") as targets:
         for result in results:
@@ -88,30 +96,29 @@ def build(spec: CacheSpec, folder: Path, fingerprint: str, workers: int, progres
             os.fsync(stream.fileno())
     outcome.faults.extend(unread)
     raise_problems(_problems(spec, outcome, max_rows))
-    _write_manifest(folder, spec, fingerprint, outcome, tokeniser.renderer.notes)
+    _write_manifest(folder, spec, fingerprint, outcome, tokeniser.notes)
 
 
 def _results(
     spec: CacheSpec,
     tokeniser: PieceTokeniser,
     folder: Path,
-    footers: list[FileFooter],
-    max_rows: int,
+    pieces: Iterable[Piece],
     workers: int,
-    unread: FaultLog,
 ) -> Generator[PieceResult, None, None]:
-    pieces = read_pieces(spec.files, footers, spec.columns, max_rows, unread)
-    small = sum(footer.text_bytes for footer in footers) < _SMALL
     # A daemonic process may have no children of its own.
-    if small or workers <= 1 or multiprocessing.current_process().daemon:
+    if workers <= 1 or multiprocessing.current_process().daemon:
         return tokenise_here(tokeniser, pieces)
     return tokenise_in_processes(spec, folder, pieces, workers)
 
 
 def _problems(spec: CacheSpec, outcome: _Outcome, rows: int) -> list[Problem]:
-    problems = outcome.faults.problems(spec.files, spec.files_option, rows, spec.max_length)
+    problems = outcome.faults.problems(spec.origins, spec.files_option, rows, spec.max_length)
     if problems or outcome.parts:
         return problems
+    if not rows and spec.custom and spec.max_samples != 0:
+        rule = f"{spec.custom.name} gives no rows: its length is 0"
+        return [Problem(ExitCode.DATA, spec.files_option, rule, value=str(spec.custom.path))]
     if not rows:
         subject = f"data.{spec.split}_max_samples"
         return [Problem(ExitCode.DATA, subject, "leaves no row", "a number of rows, or -1 for all", spec.max_samples)]
@@ -127,7 +134,7 @@ def _write_manifest(folder: Path, spec: CacheSpec, fingerprint: str, outcome: _O
         "versions": library_versions(),
         "rows": outcome.total().rows_usable,
         "parts": [part._asdict() for part in outcome.parts],
-        "files": [str(file) for file in spec.files],
+        "files": [str(file) for file in spec.origins],
         "report": _report(spec, outcome, notes),
     }
     with (folder / MANIFEST).open("w", encoding="utf-8") as stream:
@@ -152,7 +159,7 @@ def _report(spec: CacheSpec, outcome: _Outcome, notes: list[str]) -> dict[str, A
     return {
         **asdict(total),
         # By the index of the file: the same cache serves equal files at other paths.
-        "files": [asdict(outcome.counts.get(index, FileCounts())) for index in range(len(spec.files))],
+        "files": [asdict(outcome.counts.get(index, FileCounts())) for index in range(len(spec.origins))],
         "notes": notes,
         "warnings": warnings,
     }

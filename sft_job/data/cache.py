@@ -61,7 +61,7 @@ class TokenCache:
     Attributes:
         folder: where it lies.
         fingerprint: ``CacheSpec.fingerprint`` of what it was made from.
-        files: parquet files that the rows came from.
+        files: files that the rows came from: parquet, or the Python file of the user's class.
         num_rows: usable rows.
         lengths: [rows] int32, tokens of each row.
         targets: [rows] int32, trained tokens of each row from position 1 on: what the loss is made of.
@@ -217,7 +217,7 @@ def open_or_build(spec: CacheSpec, folder: Path, workers: int, progress: Progres
         if error.errno in _UNWRITABLE:
             raise unwritable(folder, error) from error
         raise
-    return TokenCache(final, spec.files)
+    return TokenCache(final, spec.origins)
 
 
 def _name(spec: CacheSpec, fingerprint: str) -> str:
@@ -227,7 +227,7 @@ def _name(spec: CacheSpec, fingerprint: str) -> str:
 
 def _published(final: Path, spec: CacheSpec) -> TokenCache | None:
     try:
-        return TokenCache(final, spec.files)
+        return TokenCache(final, spec.origins)
     except DamagedCacheError:
         return None
 

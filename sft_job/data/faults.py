@@ -21,6 +21,7 @@ class Fault(enum.Enum):
     NO_TEXT = "no text"
     NOT_RENDERED = "not rendered"
     OVERLONG = "overlong"
+    MALFORMED = "malformed"
 
 
 @dataclass
@@ -70,6 +71,11 @@ class FaultLog:
                 "data.max_length",
                 f"{{n}} are longer than {max_length:,} tokens and data.truncation is error",
                 "raise data.max_length, set data.truncation to left or right, or shorten these rows",
+            ),
+            Fault.MALFORMED: (
+                "data.custom_cls",
+                "{n} are not what a data set class must give",
+                "mend the class: sft_job/data/custom.py says what its rows must be",
             ),
         }
         problems: list[Problem] = []

@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 from sft_job.config.schema import JobConfig
 from sft_job.contract import ExitCode
 from sft_job.data.columns import Column, plain, text_columns, type_fault
-from sft_job.errors import Problem
+from sft_job.data.custom import custom_class
+from sft_job.errors import Problem, ProblemsError
 
 _MAGIC = b"PAR1"
 _LFS_POINTER = b"version https://git-lfs"
@@ -288,12 +289,22 @@ def _text_bytes(metadata: pq.FileMetaData, columns: Sequence[Column]) -> int:
 
 
 def check_data(config: JobConfig) -> list[Problem]:
-    """What is wrong with the training and validation files, by their paths, footers and schemas alone."""
+    """What is wrong with the training and validation files, by their paths, footers and schemas alone.
+
+    With a data set class of the user's own, the paths and the class's file: what is in the files is the class's matter.
+    """
     prompt, response = text_columns(config.data)
     problems: list[Problem] = []
+    by_class = True
+    try:
+        by_class = custom_class(config.data) is not None
+    except ProblemsError as error:
+        problems += error.problems
     for key, value in (("data.train_files", config.data.train_files), ("data.val_files", config.data.val_files)):
         if value is None and key == "data.val_files":
             continue
         files, not_found = resolve_files(value, key)
-        problems += [*not_found, *check_files(files, [*prompt, *response], key)]
+        problems += not_found
+        if not by_class:
+            problems += check_files(files, [*prompt, *response], key)
     return problems

@@ -95,6 +95,19 @@ def read_pieces(
         yield piece
 
 
+def numbered_pieces(rows: int) -> Iterator[Piece]:
+    """Pieces that hold only the rows' numbers, for rows that are read elsewhere; about 512 of them."""
+    size = min(max(rows // 512, 64), 4096)
+    for index, first in enumerate(range(0, rows, size)):
+        yield Piece(index, [numbered_segment(first, min(size, rows - first))])
+
+
+def numbered_segment(first: int, count: int) -> Segment:
+    """Some consecutive rows by their numbers."""
+    numbers = pa.array(range(first, first + count), pa.int64())
+    return Segment(0, first, batch_stream(pa.record_batch({"row": numbers})))
+
+
 def _read_file(
     file: Path, index: int, columns: Sequence[Column], batch_rows: int, max_rows: int, faults: FaultLog
 ) -> Iterator[Segment]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 from sft_job.config.schema import JobConfig
@@ -11,13 +12,14 @@ from sft_job.contract import RunFolder
 from sft_job.data.build import Progress
 from sft_job.data.cache import CacheSpec, TokenCache, cache_spec, open_or_build
 from sft_job.data.files import check_files
+from sft_job.data.shm import SHM, Warn, to_shm
 from sft_job.data.spec import Split
 from sft_job.data.workers import available_cores
 from sft_job.errors import Problem, ProblemsError, raise_problems
 
 
 def prepare(
-    config: JobConfig, run: RunFolder, progress: Progress | None = None
+    config: JobConfig, run: RunFolder, progress: Progress | None = None, warn: Warn | None = None, shm: Path = SHM
 ) -> tuple[TokenCache, TokenCache | None]:
     """Open or build the caches of the training and the validation rows.
 
@@ -25,6 +27,8 @@ def prepare(
         config: the run's settings.
         run: its folder, which holds the caches unless ``data.cache_dir`` names another place.
         progress: called with rows done and rows in all, for one split after the other.
+        warn: takes the text of a warning; by default this package's Python logger.
+        shm: where ``data.use_shm`` puts copies of the files.
 
     Returns:
         Training rows, and validation rows or None.
@@ -49,8 +53,10 @@ def prepare(
     for spec in specs:
         try:
             if problems:  # the run ends anyway: only what is quick to find out
-                problems += check_files(spec.files, spec.columns, spec.files_option)
+                problems += [] if spec.custom else check_files(spec.files, spec.columns, spec.files_option)
             else:
+                if config.data.use_shm:
+                    spec = replace(spec, copies=tuple(to_shm(spec.files, shm, warn)))
                 caches[spec.split] = open_or_build(spec, folder, workers, progress)
         except ProblemsError as error:
             problems += error.problems

@@ -10,8 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from sft_job.data.faults import FaultLog
-from sft_job.data.files import read_footers
-from sft_job.data.pieces import Piece, Segment, batch_stream
+from sft_job.data.pieces import Piece, Segment, batch_stream, numbered_segment
 from sft_job.data.spec import CacheSpec
 from sft_job.data.tokenise import FileCounts, PieceTokeniser
 from sft_job.errors import Problem
@@ -32,18 +31,18 @@ def check_sample(spec: CacheSpec, rows: int) -> tuple[FileCounts, list[str], lis
     Raises:
         ProblemsError: the tokenizer (66) or the template (2) cannot be used.
     """
-    read_footers(spec.files, spec.columns, spec.files_option)
     with tempfile.TemporaryDirectory() as folder:
         tokeniser = PieceTokeniser(spec, Path(folder))
-        result = tokeniser.run(Piece(0, list(_segments(spec, rows))))
+        segments = _segments(spec, rows) if tokeniser.custom is None else _numbered(len(tokeniser.custom), rows)
+        result = tokeniser.run(Piece(0, list(segments)))
     total = FileCounts()
     for counts in result.counts.values():
         total.add(counts)
     faults = FaultLog()
     faults.extend(result.faults)
-    problems = faults.problems(spec.files, spec.files_option, total.rows_read, spec.max_length)
+    problems = faults.problems(spec.origins, spec.files_option, total.rows_read, spec.max_length)
     shown = [replace(problem, rule=f"(in a sample) {problem.rule}") for problem in problems]
-    return total, tokeniser.renderer.notes, shown
+    return total, tokeniser.notes, shown
 
 
 def _segments(spec: CacheSpec, rows: int) -> Iterator[Segment]:
@@ -56,6 +55,14 @@ def _segments(spec: CacheSpec, rows: int) -> Iterator[Segment]:
             batch = next(parquet.iter_batches(each, row_groups=[group], columns=names), None)
         if batch is not None and batch.num_rows:
             yield Segment(index, first_row, batch_stream(batch))
+
+
+def _numbered(total: int, rows: int) -> Iterator[Segment]:
+    spots = min(_SPOTS, total, rows)
+    each = min(-(-rows // max(1, spots)), -(-total // max(1, spots)))
+    for spot in range(spots):
+        first = spot * total // spots
+        yield numbered_segment(first, min(each, (spot + 1) * total // spots - first))
 
 
 def _row_groups(index: int, file: Path) -> Iterator[tuple[int, int, int]]:

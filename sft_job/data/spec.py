@@ -13,6 +13,7 @@ from typing import Any, Literal
 from sft_job.config.schema import JobConfig
 from sft_job.contract import ExitCode
 from sft_job.data.columns import Column, plain, text_columns
+from sft_job.data.custom import CustomClass, custom_class
 from sft_job.data.files import resolve_files
 from sft_job.data.render import fingerprint as renderer_fingerprint
 from sft_job.data.tokenizer import folder_problem, template_text
@@ -39,6 +40,8 @@ class CacheSpec:
         chat_template: text of a template that takes the place of the tokenizer's; None = the tokenizer's.
         template_kwargs: extra variables for the template.
         trust_remote_code: run Python code that the tokenizer's folder brings.
+        custom: the user's class that reads the files and makes tokens of them; None = the job's own way.
+        copies: copies of the files, in the same order, which are read in their place; messages name the files.
     """
 
     split: Split
@@ -52,6 +55,18 @@ class CacheSpec:
     chat_template: str | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     trust_remote_code: bool = False
+    custom: CustomClass | None = None
+    copies: tuple[Path, ...] = ()
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        """Files to read."""
+        return self.copies or self.files
+
+    @property
+    def origins(self) -> tuple[Path, ...]:
+        """What rows are counted by and named after: the files, or the file of the user's class."""
+        return (self.custom.path,) if self.custom else self.files
 
     @property
     def files_option(self) -> str:
@@ -60,7 +75,9 @@ class CacheSpec:
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        """All columns that are read."""
+        """All columns of text that are read; a class of the user's own reads what it likes."""
+        if self.custom:
+            return ()
         return (*self.prompt, *self.response)
 
     def fingerprint(self) -> str:
@@ -69,11 +86,11 @@ class CacheSpec:
         Reads every file once, in several threads.
 
         Raises:
-            ProblemsError: exit 65, where a file cannot be read.
+            ProblemsError: exit 65, where a file cannot be read; 2 for the file of the user's class.
         """
-        parts = {
+        parts: dict[str, Any] = {
             "split": self.split,
-            "files": _content_hashes(self.files, self.files_option),
+            "files": self._content_hashes(),
             "prompt": [asdict(column) for column in self.prompt],
             "response": [asdict(column) for column in self.response],
             "max_samples": max(self.max_samples, -1),
@@ -83,20 +100,21 @@ class CacheSpec:
                 self.tokenizer, self.chat_template, self.template_kwargs, self.trust_remote_code
             ),
         }
+        if self.custom:
+            parts["custom"] = self.custom.fingerprint()
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-
-def _content_hashes(files: tuple[Path, ...], option: str) -> list[str]:
-    with ThreadPoolExecutor(_THREADS) as pool:
-        hashes = list(pool.map(_content_hash, files))
-    problems = [
-        Problem(ExitCode.DATA, f"{option}: {file}", f"cannot be read: {error.strerror}")
-        for file, error in zip(files, hashes, strict=True)
-        if isinstance(error, OSError)
-    ]
-    if problems:
-        raise ProblemsError(problems)
-    return [str(digest) for digest in hashes]
+    def _content_hashes(self) -> list[str]:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            hashes = list(pool.map(_content_hash, self.sources))
+        problems = [
+            Problem(ExitCode.DATA, f"{self.files_option}: {file}", f"cannot be read: {error.strerror}")
+            for file, error in zip(self.files, hashes, strict=True)
+            if isinstance(error, OSError)
+        ]
+        if problems:
+            raise ProblemsError(problems)
+        return [str(digest) for digest in hashes]
 
 
 def _content_hash(file: Path) -> str | OSError:
@@ -111,7 +129,8 @@ def cache_spec(config: JobConfig, split: Split) -> CacheSpec | None:
     """The spec that a config asks for; None where it has no validation files.
 
     Raises:
-        ProblemsError: everything that is wrong with the files' paths, the tokenizer's folder and the template's path.
+        ProblemsError: everything that is wrong with the files' paths, the tokenizer's folder, the template's path and
+            the file of the user's class.
     """
     data = config.data
     value = data.train_files if split == "train" else data.val_files
@@ -121,6 +140,11 @@ def cache_spec(config: JobConfig, split: Split) -> CacheSpec | None:
     folder = Path(config.model.partial_pretrain).expanduser() if config.model.partial_pretrain else None
     if problem := folder_problem(folder):
         problems.append(problem)
+    custom = None
+    try:
+        custom = custom_class(data)
+    except ProblemsError as error:
+        problems += error.problems
     template = None
     try:
         template = template_text(data.chat_template)
@@ -141,4 +165,5 @@ def cache_spec(config: JobConfig, split: Split) -> CacheSpec | None:
         chat_template=template,
         template_kwargs=plain(data.apply_chat_template_kwargs) or {},
         trust_remote_code=config.model.trust_remote_code,
+        custom=custom,
     )

@@ -13,10 +13,12 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from sft_job.data.columns import Cell, Unreadable, read_texts
+from sft_job.data.custom_rows import CustomRows, MalformedRowError
 from sft_job.data.faults import Fault, FaultLog
-from sft_job.data.pieces import Piece
+from sft_job.data.pieces import Piece, Segment
 from sft_job.data.render import PromptResponseRenderer, Rendered, TemplateFailure, load_tokenizer, truncate
 from sft_job.data.spec import CacheSpec
+from sft_job.data.tokenizer import vocabulary_size
 
 Int32 = npt.NDArray[np.int32]
 PART_SCHEMA = pa.schema(
@@ -113,21 +115,33 @@ def _large_list(rows: Sequence[Int32]) -> pa.LargeListArray:
 
 
 class PieceTokeniser:
-    """Renders pieces and writes their parts into a folder."""
+    """Renders pieces and writes their parts into a folder.
+
+    Attributes:
+        custom: rows of the user's own class; None where prompts and responses are rendered.
+        notes: what was found out about template, tokenizer or class, for the log and the data report.
+    """
 
     def __init__(self, spec: CacheSpec, folder: Path) -> None:
         """Load the tokenizer and probe the template.
 
         Raises:
-            ProblemsError: exit 66 or 2, where the tokenizer or the template cannot be used.
+            ProblemsError: exit 66 or 2, where the tokenizer, the template or the user's class cannot be used.
         """
         self._spec = spec
         self._folder = folder
-        self.renderer = PromptResponseRenderer(
-            load_tokenizer(spec.tokenizer, spec.trust_remote_code),
-            chat_template=spec.chat_template,
-            template_kwargs=spec.template_kwargs,
+        tokenizer = load_tokenizer(spec.tokenizer, spec.trust_remote_code)
+        self.custom: CustomRows | None = None
+        if spec.custom:
+            if spec.chat_template:
+                tokenizer.chat_template = spec.chat_template
+            self.custom = CustomRows(spec.custom, spec.sources, tokenizer, vocabulary_size(spec.tokenizer, tokenizer))
+            self.notes = [f"rows come from {spec.custom.name} in {spec.custom.path}"]
+            return
+        self._renderer = PromptResponseRenderer(
+            tokenizer, chat_template=spec.chat_template, template_kwargs=spec.template_kwargs
         )
+        self.notes = self._renderer.notes
 
     def run(self, piece: Piece) -> PieceResult:
         """Tokenise a piece and write its part.
@@ -139,14 +153,25 @@ class PieceTokeniser:
         counts: dict[int, FileCounts] = {}
         for segment in piece.segments:
             batch = segment.batch()
-            prompts, responses = (read_texts(batch, names) for names in (self._spec.prompt, self._spec.response))
             of_file = counts.setdefault(segment.file, FileCounts())
             of_file.rows_read += batch.num_rows
-            for number, row in self._rendered(prompts, responses, segment.file, segment.first_row, faults):
+            for number, row in self._rows(segment, batch, faults):
                 self._take(row, segment.file, segment.first_row + number, columns, of_file, faults)
         lengths = np.array([len(ids) for ids in columns.ids], dtype=np.int32)
         targets = np.array(columns.targets, dtype=np.int32)
         return PieceResult(piece.index, self._write(piece.index, columns), lengths, targets, counts, faults)
+
+    def _rows(self, segment: Segment, batch: pa.RecordBatch, faults: FaultLog) -> Iterator[tuple[int, Rendered]]:
+        """Rows that can be made, with their numbers in the segment."""
+        if self.custom is None:
+            prompts, responses = (read_texts(batch, names) for names in (self._spec.prompt, self._spec.response))
+            yield from self._rendered(prompts, responses, segment.file, segment.first_row, faults)
+            return
+        for number in range(batch.num_rows):
+            try:
+                yield number, self.custom.row(segment.first_row + number)
+            except MalformedRowError as error:
+                faults.add(Fault.MALFORMED, segment.file, f"row {segment.first_row + number}", str(error))
 
     def _rendered(
         self, prompts: list[Cell], responses: list[Cell], file: int, first_row: int, faults: FaultLog
@@ -161,7 +186,7 @@ class PieceTokeniser:
                 faults.add(Fault.NO_TEXT, file, f"row {first_row + number}", "; ".join(reasons))
         for chunk in _chunks(texts):
             try:
-                rows = self.renderer.render([prompt for _, prompt, _ in chunk], [answer for *_, answer in chunk])
+                rows = self._renderer.render([prompt for _, prompt, _ in chunk], [answer for *_, answer in chunk])
             except TemplateFailure:
                 yield from self._one_by_one(chunk, file, first_row, faults)
             else:
@@ -172,7 +197,7 @@ class PieceTokeniser:
     ) -> Iterator[tuple[int, Rendered]]:
         for number, prompt, response in chunk:
             try:
-                row = self.renderer.render([prompt], [response])[0]
+                row = self._renderer.render([prompt], [response])[0]
             except TemplateFailure as failure:
                 faults.add(Fault.NOT_RENDERED, file, f"row {first_row + number}", str(failure))
             else:

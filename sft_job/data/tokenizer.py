@@ -46,6 +46,17 @@ def tokenizer_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def vocabulary_size(folder: Path, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Ids that the model has embeddings for, as far as its config says; at least those of the tokenizer."""
+    try:
+        settings: Any = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        settings = {}
+    parts = [settings, settings.get("text_config")] if isinstance(settings, dict) else []
+    sizes = [part.get("vocab_size") for part in parts if isinstance(part, dict)]
+    return max([len(tokenizer), *(size for size in sizes if isinstance(size, int))])
+
+
 def _model_settings(config: Path) -> dict[str, Any]:
     try:
         settings: Any = json.loads(config.read_bytes())

@@ -151,7 +151,7 @@ def _work(connection: Connection, spec: CacheSpec, folder: Path) -> None:
             connection.send(tokeniser.run(connection.recv()))
     except (EOFError, ConnectionError):
         return
-    except OSError as error:
+    except (OSError, JobError) as error:
         connection.send(error)
     except Exception:
         connection.send(RuntimeError(f"in a tokenising process:\n{traceback.format_exc()}"))

@@ -1,4 +1,4 @@
-"""Where records go: ``metrics.jsonl`` always, the console and wandb where asked for.
+"""Where records go: ``metrics.jsonl`` always; the console, wandb and tensorboard where asked for.
 
 A record is a flat dict with ``step``. Only ``metrics.jsonl`` may end the run (a full disk is an error that users must
 see); every other logger runs where its failures cost a warning and never a step.
@@ -21,11 +21,13 @@ from typing import Any, Protocol
 from sft_job.contract import ExitCode, RunFolder
 from sft_job.errors import JobError
 from sft_job.metrics.console import ConsoleLogger
+from sft_job.metrics.tensorboard_logger import TensorboardLogger
 from sft_job.metrics.wandb_logger import WandbLogger
 
 Warn = Callable[[str], None]
 
-KNOWN_LOGGERS = ("console", "wandb")
+# file is metrics.jsonl, which needs no naming.
+KNOWN_LOGGERS = ("console", "wandb", "tensorboard", "file")
 
 
 class Logger(Protocol):
@@ -216,6 +218,10 @@ class Loggers:
         if self._console is not None:
             self._console.message(text)
 
+    def warning(self, text: str) -> None:
+        """Show a warning, from any thread: on the console, or through this package's Python logger."""
+        _warn_on(self._console)(text)
+
     def close(self) -> None:
         """Close all of them, the console first: what the others warn of is then below its last line."""
         if self._console is not None:
@@ -256,18 +262,34 @@ def make_loggers(
     jsonl = JsonlLogger(run.metrics, resume_step)
     console = ConsoleLogger(total_steps, resume_step) if "console" in wanted else None
     if warn is None:
-        warn = console.warning if console is not None else logging.getLogger("sft_job").warning
+        warn = _warn_on(console)
     others: list[Logger] = []
-    if "wandb" in wanted:
-        if importlib.util.find_spec("wandb") is None:
-            warn("trainer.logger names wandb, which is not installed (pip install wandb): training goes on without it")
-        else:
-            inner = WandbLogger(run.wandb, project=project, name=experiment, config=config or {}, warn=warn)
-            others.append(BackgroundLogger(inner, name="wandb", warn=warn, close_seconds=inner.longest_close))
+    if _usable("wandb", wanted, warn):
+        inner = WandbLogger(run.wandb, project=project, name=experiment, config=config or {}, warn=warn)
+        others.append(BackgroundLogger(inner, name="wandb", warn=warn, close_seconds=inner.longest_close))
+    if _usable("tensorboard", wanted, warn):
+        others.append(BackgroundLogger(TensorboardLogger(run.tensorboard, resume_step), name="tensorboard", warn=warn))
     for name in wanted:
         if name not in KNOWN_LOGGERS:
             warn(f"trainer.logger names {name!r}, which this job does not know (known: {', '.join(KNOWN_LOGGERS)})")
     return Loggers(jsonl, console, others)
+
+
+def _warn_on(console: ConsoleLogger | None) -> Warn:
+    return console.warning if console is not None else logging.getLogger("sft_job").warning
+
+
+def _usable(package: str, wanted: Sequence[str], warn: Warn) -> bool:
+    """Whether a logger that has a package of its own name is wanted and installed."""
+    if package not in wanted:
+        return False
+    if importlib.util.find_spec(package) is None:
+        warn(
+            f"trainer.logger names {package}, which is not installed (pip install {package}): training goes on "
+            "without it"
+        )
+        return False
+    return True
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

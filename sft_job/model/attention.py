@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from sft_job.contract import ExitCode
 from sft_job.errors import JobError
@@ -231,11 +231,10 @@ def packed_attention(
     return scatter_sequence(packed.backend.attend(query, key, value, call), packed.group), None
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """No mask is built: a [T, T] mask of a long pack would not fit anywhere."""
-
-
 def register_packed_attention() -> None:
-    """Make ``attn_implementation=PACKED`` known to transformers, through its public registries."""
+    """Make ``attn_implementation=PACKED`` known to transformers, through its public registry.
+
+    It is not registered as a kind of mask: transformers then builds none, where it would otherwise look for document
+    borders in the positions, which makes the CPU wait for the GPU in every forward.
+    """
     AttentionInterface.register(PACKED, packed_attention)
-    AttentionMaskInterface.register(PACKED, _no_mask)

@@ -6,25 +6,21 @@ are drawn block by block, each block being sharded before the next one is made.
 
 from __future__ import annotations
 
-import zlib
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from accelerate import init_empty_weights
-from torch import nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader
-from torch.distributed.checkpoint.api import CheckpointException
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sft_job.config.schema import ModelConfig
-from sft_job.contract import ExitCode
-from sft_job.errors import JobError
 from sft_job.model.attention import PACKED, Needs, choose_backend, register_packed_attention
 from sft_job.model.causal_lm import CausalLMLoss
+from sft_job.model.lora import add_adapters, base_name, draw_adapters, load_adapters, lora_config, uses_lora
 from sft_job.model.precision import Precision
 from sft_job.model.recompute import recompute_blocks
-from sft_job.parallel.fsdp import shard_module, sum_gradients, tied_once
+from sft_job.model.supported import check_architecture, decoder_blocks
+from sft_job.model.weights import draw, load_pretrained, unit_seed
+from sft_job.parallel.fsdp import Sharding, shard_module, sum_gradients
 from sft_job.parallel.mesh import Mesh
 
 
@@ -39,7 +35,8 @@ def build_model(
         device: where the shards live.
         precision: dtypes.
         seed: for ``init: random``.
-        load: fill the weights; False leaves them undefined, for a checkpoint to fill.
+        load: fill the trained weights; False leaves them undefined, for a checkpoint to fill. A frozen base is always
+            filled.
 
     Returns:
         The module whose forward is the loss sum, in training mode, and a line for the log on the attention backend.
@@ -49,41 +46,35 @@ def build_model(
     """
     assert config.partial_pretrain is not None
     folder = Path(config.partial_pretrain)
-    hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    refuse_unsupported(hf_config)
+    adapters = lora_config(config) if uses_lora(config) else None
+    hf_config = check_architecture(config)
     backend, why = choose_backend(attention_needs(hf_config, device.type, precision.compute))
-    module = CausalLMLoss(empty_model(hf_config, config, precision.storage), backend, mesh.ulysses)
+    lm = empty_model(hf_config, config, precision.storage)
+    if adapters is not None:
+        add_adapters(lm, adapters, torch.promote_types(precision.storage, torch.float32))
+    module = CausalLMLoss(lm, backend, mesh.ulysses)
     if config.enable_gradient_checkpointing:
-        recompute_blocks(decoder_blocks(module.lm))
-    draw = load and config.init == "random"
-    shard_model(module, mesh, precision, config.fsdp_config.reshard_after_forward, device, seed if draw else None)
-    if load and not draw:
-        load_pretrained(module.lm, folder)
-    return module.train(), why
-
-
-def refuse_unsupported(config: PretrainedConfig) -> None:
-    """Refuse by name what would be trained silently wrong.
-
-    Raises:
-        JobError: exit code 2.
-    """
-    experts = next(
-        (n for n in ("num_experts", "num_local_experts", "n_routed_experts") if getattr(config, n, None)), ""
+        recompute_blocks(decoder_blocks(lm))
+    # A checkpoint of adapters does not hold the frozen base.
+    fill_base = load or adapters is not None
+    draw_base = fill_base and config.init == "random"
+    fsdp = config.fsdp_config
+    sharding = Sharding(
+        mesh.fsdp,
+        precision.compute,
+        precision.reduce,
+        reshard=fsdp.reshard_after_forward,
+        offload=fsdp.cpu_offload or fsdp.offload_params,
     )
-    if experts:
-        raise JobError(
-            ExitCode.CONFIG,
-            f"{config.model_type} is a mixture of experts ({experts}: {getattr(config, experts)}): not supported yet, "
-            "because its files and its modules hold the expert weights in different shapes",
-        )
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    if rope.get("rope_type", rope.get("type")) == "dynamic":
-        raise JobError(
-            ExitCode.CONFIG,
-            "rope_type 'dynamic' makes a document's positions depend on the longest one beside it: not supported; "
-            "set a fixed type (yarn, linear, default) in the model's config.json",
-        )
+    shard_model(module, sharding, device, seed if draw_base else None)
+    if fill_base and not draw_base:
+        load_pretrained(lm, folder, lambda name: None if ".lora_" in name else base_name(name))
+    if adapters is not None and load:
+        if config.lora_adapter_path is not None:
+            load_adapters(lm, Path(config.lora_adapter_path))
+        else:
+            draw_adapters(lm, seed)
+    return module.train(), why
 
 
 def attention_needs(config: PretrainedConfig, device: str, dtype: torch.dtype) -> Needs:
@@ -113,95 +104,34 @@ def empty_model(hf_config: PretrainedConfig, config: ModelConfig, dtype: torch.d
     return lm
 
 
-def decoder_blocks(lm: PreTrainedModel) -> nn.ModuleList:
-    """The model's decoder blocks, first to last: the one list of modules that is as long as the config says.
-
-    Raises:
-        JobError: there is none (exit code 2).
-    """
-    count = lm.config.num_hidden_layers
-    for module in lm.base_model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise JobError(ExitCode.CONFIG, f"{lm.config.model_type}: found no list of {count} decoder blocks to shard")
-
-
-def shard_model(
-    module: CausalLMLoss,
-    mesh: Mesh,
-    precision: Precision,
-    reshard: bool,
-    device: torch.device,
-    seed: int | None,
-) -> None:
-    """Make every decoder block and the rest FSDP groups, with memory on the device.
+def shard_model(module: CausalLMLoss, sharding: Sharding, device: torch.device, seed: int | None) -> None:
+    """Make every decoder block and the rest FSDP groups, with memory.
 
     Args:
         module: on the meta device.
-        mesh: process groups.
-        precision: dtypes.
-        reshard: free a block's gathered weights after its forward.
-        device: where the shards live.
+        sharding: how.
+        device: where the module computes; the shards live there too, unless they are offloaded.
         seed: draw random weights, the same for every layout; None = leave them undefined.
     """
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    home = torch.device("cpu") if sharding.offload else device
     blocks = decoder_blocks(module.lm)
     for index, block in enumerate(blocks):
         if seed is not None:
-            _draw(list(block.modules()), module.lm, device, _unit_seed(seed, f"block {index}"))
-        shard_module(block, mesh.fsdp, precision.compute, precision.reduce, reshard)
+            draw(block.modules(), module.lm, home, unit_seed(seed, f"block {index}"))
+        shard_module(block, sharding)
     if seed is None:
-        shard_module(module, mesh.fsdp, precision.compute, precision.reduce, None)
-        module.to_empty(device=device)
+        shard_module(module, sharding.as_root())
+        module.to_empty(device=home)
         module.lm.tie_weights()  # to_empty gives tied modules a parameter each
     else:
         inside = {id(part) for block in blocks for part in block.modules()}
         rest = [part for part in module.lm.modules() if id(part) not in inside]
-        _draw(rest, module.lm, device, _unit_seed(seed, "root"))
+        draw(rest, module.lm, home, unit_seed(seed, "root"))
         module.lm.tie_weights()
-        shard_module(module, mesh.fsdp, precision.compute, precision.reduce, None)
+        shard_module(module, sharding.as_root())
     for name, buffer in buffers.items():
         owner, _, leaf = name.rpartition(".")
         parent = module.get_submodule(owner)
         parent.register_buffer(leaf, buffer.to(device), persistent=leaf not in parent._non_persistent_buffers_set)
     sum_gradients(module.modules())
-
-
-def _unit_seed(seed: int, unit: str) -> int:
-    return zlib.crc32(f"{seed} {unit}".encode())
-
-
-@torch.no_grad()
-def _draw(parts: list[nn.Module], lm: PreTrainedModel, device: torch.device, seed: int) -> None:
-    """Give modules real parameters, drawn as the model's own rule says."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        for part in parts:
-            part.to_empty(device=device, recurse=False)
-            lm._init_weights(part)
-
-
-def load_pretrained(lm: PreTrainedModel, folder: Path) -> None:
-    """Read a folder's safetensors into the sharded model; each rank reads its own slices only.
-
-    Raises:
-        JobError: weights are missing, unreadable or of another shape (exit code 66).
-    """
-    reader = HuggingFaceStorageReader(str(folder))
-    try:
-        on_disk = set(reader.read_metadata().state_dict_metadata)
-    except Exception as error:  # safetensors raises its own kinds
-        raise JobError(ExitCode.MODEL, f"{folder}: cannot read the safetensors files: {error}") from error
-    wanted = tied_once(lm, on_disk)
-    missing = sorted(set(wanted) - on_disk)
-    if missing:
-        shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
-        raise JobError(
-            ExitCode.MODEL,
-            f"{folder}: {len(missing)} of {len(wanted)} weights that {type(lm).__name__} needs are not in the "
-            f"safetensors files: {shown}",
-        )
-    try:
-        dcp.load(wanted, storage_reader=reader)
-    except (CheckpointException, ValueError, RuntimeError, AssertionError) as error:
-        raise JobError(ExitCode.MODEL, f"{folder}: the weights do not fit {type(lm).__name__}: {error}") from error

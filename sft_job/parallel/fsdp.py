@@ -3,27 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 
-def shard_module(
-    module: nn.Module, mesh: DeviceMesh, param_dtype: torch.dtype, reduce_dtype: torch.dtype, reshard: bool | None
-) -> None:
+@dataclass(frozen=True)
+class Sharding:
+    """How modules become FSDP groups.
+
+    Attributes:
+        mesh: one axis (shard), or two (replicate, shard).
+        param_dtype: dtype of the gathered weights and of the computation.
+        reduce_dtype: dtype in which gradients are summed over the ranks.
+        reshard: free gathered weights after the forward; None = torch's choice (not for the root).
+        offload: shards, gradients and optimizer states live in host memory.
+    """
+
+    mesh: DeviceMesh
+    param_dtype: torch.dtype
+    reduce_dtype: torch.dtype
+    reshard: bool | None = True
+    offload: bool = False
+
+    def as_root(self) -> Sharding:
+        """The same for the root module."""
+        return replace(self, reshard=None)
+
+
+def shard_module(module: nn.Module, sharding: Sharding) -> None:
     """Make a module one FSDP group; parameters of modules that are groups already are left alone.
 
     Args:
         module: its parameters may be real (then equal on all ranks) or on the meta device.
-        mesh: the FSDP mesh.
-        param_dtype: dtype of the gathered weights and of the computation.
-        reduce_dtype: dtype in which gradients are summed over the ranks.
-        reshard: free gathered weights after the forward; None = torch's choice (not for the root).
+        sharding: how.
     """
-    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
-    fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    policy = MixedPrecisionPolicy(
+        param_dtype=sharding.param_dtype, reduce_dtype=sharding.reduce_dtype, cast_forward_inputs=False
+    )
+    # Pinned memory exists only where there is an accelerator.
+    offload = CPUOffloadPolicy(pin_memory=sharding.mesh.device_type == "cuda") if sharding.offload else OffloadPolicy()
+    fully_shard(
+        module, mesh=sharding.mesh, mp_policy=policy, reshard_after_forward=sharding.reshard, offload_policy=offload
+    )
 
 
 def sum_gradients(modules: Iterable[nn.Module]) -> None:

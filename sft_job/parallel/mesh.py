@@ -43,7 +43,8 @@ class Mesh:
 
     Attributes:
         layout: this rank's place.
-        fsdp: one axis over all ranks, data x ulysses joined: parameters are sharded and gradients summed over it.
+        fsdp: all ranks, data x ulysses joined: one axis (dp_shard) that parameters are sharded over, or two
+            (dp_replicate, dp_shard) for HSDP. Gradients are summed over all of it.
         ulysses: the group that shares this rank's sequences; None where it has one rank.
     """
 
@@ -51,12 +52,27 @@ class Mesh:
     fsdp: DeviceMesh
     ulysses: dist.ProcessGroup | None
 
+    @property
+    def shard_group(self) -> dist.ProcessGroup:
+        """The ranks that together hold one copy of the parameters."""
+        return self.fsdp.get_group("dp_shard")
 
-def build_mesh(device_type: str, ulysses_size: int) -> Mesh:
-    """Build the meshes over the initialised default process group (a collective call)."""
+
+def build_mesh(device_type: str, ulysses_size: int, fsdp_size: int = -1) -> Mesh:
+    """Build the meshes over the initialised default process group (a collective call).
+
+    Args:
+        device_type: cpu or cuda.
+        ulysses_size: ranks that share a sequence; divides the world.
+        fsdp_size: ranks that share one copy of the parameters; divides the world; -1 = all of them.
+    """
     world = dist.get_world_size()
     layout = Layout.of(dist.get_rank(), world, ulysses_size)
-    fsdp = init_device_mesh(device_type, (world,), mesh_dim_names=("fsdp",))
+    if fsdp_size in (-1, world):
+        fsdp = init_device_mesh(device_type, (world,), mesh_dim_names=("dp_shard",))
+    else:
+        copies = (world // fsdp_size, fsdp_size)
+        fsdp = init_device_mesh(device_type, copies, mesh_dim_names=("dp_replicate", "dp_shard"))
     if ulysses_size == 1:
         return Mesh(layout, fsdp, None)
     grid = init_device_mesh(device_type, (layout.dp_size, ulysses_size), mesh_dim_names=("dp", "ulysses"))

@@ -70,7 +70,7 @@ def run_job(config: JobConfig, *, stop_after: int | None = None, gradients: bool
         job.close()
     watched.stopped = ending.stopped
     watched.step = ending.state.step
-    watched.weights_sha256 = ending.weights_sha256
+    watched.weights_sha256 = ending.state.weights_sha256
     return watched
 
 
@@ -125,7 +125,7 @@ def _watch_steps(job: Any, watched: Watched, stop: Any, stop_after: int | None, 
     if gradients:
 
         def keep(optimizer: Any, arguments: Any, options: Any) -> None:
-            grads = {name: parameter.grad for name, parameter in job.module.lm.named_parameters()}
+            grads = {name: p.grad for name, p in job.module.lm.named_parameters() if p.requires_grad}
             # Recomputation wraps blocks, which shows in these names (not in those of a state dict).
             watched.gradients.append(
                 {name.replace("_checkpoint_wrapped_module.", ""): grad.full_tensor() for name, grad in grads.items()}

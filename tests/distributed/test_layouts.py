@@ -99,6 +99,33 @@ def test_without_recomputation(inputs, tmp_path, ranks, reference) -> None:
     assert_same(ranks(2, _with_gradients, config)[0], reference, 1e-12)
 
 
+def test_clipped_gradients(inputs, tmp_path, ranks) -> None:
+    """The norm is that of all ranks' shards together, and what AdamW gets is the same at every layout."""
+    clip = "optim.clip_grad=0.5"
+    alone = ranks(1, _with_gradients, config_of(inputs, tmp_path / "a", 1, clip))[0]
+    assert all(norm > 0.5 for norm in alone.norms)
+    squares = sum(g.square().sum().item() for g in alone.gradients[0].values())
+    assert squares**0.5 == pytest.approx(0.5, rel=1e-12)
+    for world, ulysses in ((2, 1), (4, 2)):
+        found = ranks(world, _with_gradients, config_of(inputs, tmp_path / f"{world}", ulysses, clip))[0]
+        assert_same(found, alone, 1e-12)
+
+
+@pytest.mark.parametrize("ulysses", [1, 2])
+def test_hsdp(inputs, tmp_path, ranks, reference, ulysses) -> None:
+    """Two copies of the weights, each over two ranks."""
+    config = config_of(inputs, tmp_path / "run", ulysses, "model.fsdp_config.fsdp_size=2")
+    for found in ranks(4, _with_gradients, config):
+        assert_same(found, reference, 1e-12)
+
+
+@pytest.mark.parametrize("name", ["cpu_offload", "offload_params"])
+def test_offload(inputs, tmp_path, ranks, reference, name) -> None:
+    """Either name keeps the shards in host memory; on CPU ranks that changes nothing."""
+    config = config_of(inputs, tmp_path / "run", 2, f"model.fsdp_config.{name}=true")
+    assert_same(ranks(2, _with_gradients, config)[0], reference, 1e-12)
+
+
 def test_more_ranks_than_rows(inputs, tmp_path, ranks) -> None:
     """Two rows over four data-parallel ranks: two ranks have nothing to train on and add exactly 0."""
     two = ["data.train_batch_size=2", "trainer.total_training_steps=3"]

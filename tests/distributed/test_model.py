@@ -168,15 +168,63 @@ def test_missing_weights_are_named(tmp_path, ranks) -> None:
     assert "model.layers.1.mlp.up_proj.weight" in message
 
 
-def test_unsupported_models_are_refused_by_name(tmp_path, ranks) -> None:
-    from transformers import Qwen3Config, Qwen3MoeConfig
+def _supported(folder: Path) -> str:
+    from sft_job.config.schema import ModelConfig
+    from sft_job.errors import JobError
+    from sft_job.model.supported import check_architecture
 
-    folder = save_model(tmp_path / "model", "qwen3")
-    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    Qwen3Config.from_pretrained(folder, rope_parameters=rope).save_pretrained(folder)
-    assert ranks(1, _load_error, folder)[0][0] == 2
-    assert "rope_type 'dynamic'" in ranks(1, _load_error, folder)[0][1]
-    Qwen3MoeConfig(num_hidden_layers=2, num_experts=4).save_pretrained(folder)
-    code, message = ranks(1, _load_error, folder)[0]
-    assert code == 2
-    assert "qwen3_moe is a mixture of experts (num_experts: 4)" in message
+    try:
+        check_architecture(ModelConfig(partial_pretrain=str(folder)))
+    except JobError as error:
+        return f"exit {error.code}: {error}"
+    return ""
+
+
+UNSUPPORTED = {
+    "Qwen3_5TextConfig": "Qwen3_5GatedDeltaNet",
+    "FalconH1Config": "FalconH1Mixer",
+    "RecurrentGemmaConfig": "RecurrentGemmaRglru",
+    "BloomConfig": "0 of its 2 blocks attend",
+    "FalconConfig": "does not take packed documents",
+    "StableLmConfig": "does not take packed documents",
+    "GptOssConfig": "s_aux",
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_models_that_packing_does_not_reach_are_refused(tmp_path, ranks, name) -> None:
+    """They mix tokens outside attention, or do not attend through transformers' interface."""
+    import transformers
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
+    getattr(transformers, name)(**sizes).save_pretrained(tmp_path)
+    message = ranks(1, _supported, tmp_path)[0]
+    assert message.startswith("exit 2: ")
+    assert UNSUPPORTED[name] in message
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_supported_families(tmp_path, ranks, kind) -> None:
+    from tests.tiny import model_config
+
+    model_config(kind, 300).save_pretrained(tmp_path)
+    assert ranks(1, _supported, tmp_path)[0] == ""
+
+
+def test_an_unknown_model_type_is_a_model_problem(tmp_path, ranks) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "nonesuch"}')
+    assert ranks(1, _supported, tmp_path)[0].startswith("exit 66: ")
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+def test_packs_shorter_than_the_group(tmp_path, ranks, kind) -> None:
+    """One to three tokens over four ranks, documents without a target among them: the gradients of one rank."""
+    folder = save_model(tmp_path / kind, kind)
+    for lengths in ([2], [1, 2], [3], [1, 1, 3]):
+        expected, reference = ranks(1, _loss_and_gradients, folder, lengths, 1)[0]
+        loss, gradients = ranks(4, _loss_and_gradients, folder, lengths, 4)[0]
+        assert loss == pytest.approx(expected, rel=1e-12)
+        # Some are zero but for rounding (a first token attends to itself alone): one scale for all.
+        scale = max(gradient.abs().max().item() for gradient in reference.values())
+        for name, gradient in reference.items():
+            assert (gradients[name] - gradient).abs().max().item() <= 1e-12 * scale, name

@@ -66,13 +66,19 @@ def test_stop_and_go_on(inputs, tmp_path, ranks, straight, stop) -> None:
     ]
 
 
-def test_stop_in_the_last_step_is_done(inputs, tmp_path, ranks, straight) -> None:
+def test_stop_in_the_last_step(inputs, tmp_path, ranks, straight) -> None:
+    """The weights are saved and exported; only the validation is left to the next start."""
     run = tmp_path / "run"
     config = config_of(inputs, run)
-    first, second = ranks(2, run_jobs, [(config, {"stop_after": TOTAL}), (config, {})])[0]
-    assert not first.stopped
+    first, second, third = ranks(2, run_jobs, [(config, {"stop_after": TOTAL}), (config, {}), (config, {})])[0]
+    assert first.stopped
     assert first.weights_sha256 == straight[0].weights_sha256
-    assert second.done_before
+    assert (run / "checkpoints" / f"global_step_{TOTAL}" / "huggingface" / "model.safetensors").exists()
+    assert not second.stopped
+    assert second.losses == []
+    assert second.weights_sha256 == straight[0].weights_sha256
+    assert lines(run)[-1]["val/loss"] == lines(straight[1])[-1]["val/loss"]
+    assert third.done_before
 
 
 def test_several_stops_and_dropout(inputs, tmp_path, ranks) -> None:

@@ -180,9 +180,9 @@ def test_a_killed_rank_ends_the_others(job) -> None:
     process = job.start("trainer.total_epochs=200", NPROC_PER_NODE="2")
     try:
         wait_for_step(job, 2)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        children = children_of(process)
         assert len(children) == 2
-        os.kill(int(children[1]), signal.SIGKILL)
+        os.kill(children[1], signal.SIGKILL)
         _, error = process.communicate(timeout=60)
     finally:
         end(process)
@@ -191,16 +191,128 @@ def test_a_killed_rank_ends_the_others(job) -> None:
     assert not any(Path(f"/proc/{child}").exists() for child in children)
 
 
+@pytest.mark.parametrize("log", ["prepare.log", "rank_1.log"])
+def test_a_signal_before_the_first_step(job, log) -> None:
+    """While rows are tokenised, and while the ranks import torch: 143, and a next start begins at the beginning."""
+    process = job.start("trainer.total_epochs=200", NPROC_PER_NODE="2")
+    try:
+        deadline = time.monotonic() + 60
+        while not (job.run / "logs" / log).exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
+    finally:
+        end(process)
+    assert process.returncode == 143, error
+    assert "Traceback" not in error
+
+
+def test_one_rank_is_asked_to_stop_and_all_save(job) -> None:
+    process = job.start("trainer.total_epochs=200", NPROC_PER_NODE="2")
+    try:
+        wait_for_step(job, 2)
+        os.kill(children_of(process)[1], signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
+    finally:
+        end(process)
+    assert process.returncode == 143
+    assert outcome(job)["step"] >= 2
+    assert "go on from global_step_" in error
+
+
+def children_of(process) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def gone(pid: int, seconds: float = 40.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not Path(f"/proc/{pid}").exists()
+
+
+def test_a_killed_supervisor_takes_its_ranks_along(job) -> None:
+    process = job.start("trainer.total_epochs=200", NPROC_PER_NODE="2")
+    try:
+        wait_for_step(job, 2)
+        ranks = children_of(process)
+        second = job("trainer.total_epochs=200")
+        assert second.returncode == 73
+        assert "held by another run" in second.stderr
+        process.kill()
+        process.wait()
+        assert all(gone(rank) for rank in ranks)
+    finally:
+        end(process)
+    saved = metrics(job)[-1]["step"]  # on losing their supervisor the ranks saved and left
+    third = job.start("trainer.total_epochs=200", NPROC_PER_NODE="2")
+    try:
+        wait_for_step(job, saved + 2)
+        third.send_signal(signal.SIGTERM)
+        third.communicate(timeout=60)
+    finally:
+        end(third)
+    assert [restart["cause"] for restart in outcome(job)["restarts"]] == ["lost"]
+
+
+def test_a_full_disk(job) -> None:
+    """Files larger than the shell's limit cannot be written: 73, and the message says which step."""
+    import shlex
+    import subprocess
+
+    command = shlex.join(job.command("trainer.save_freq=1"))
+    result = subprocess.run(
+        ["bash", "-c", f"ulimit -f 60; exec {command}"],
+        env=job.variables(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 73, result.stderr
+    assert "cannot save step" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_damaged_later_folder_does_not_hide_the_end(job) -> None:
+    assert job("trainer.total_training_steps=2").returncode == 0
+    (job.run / "checkpoints" / "global_step_9").mkdir()
+    longer = job("trainer.total_training_steps=3")
+    assert longer.returncode == 0, longer.stderr
+    assert outcome(job)["checkpoint"].endswith("global_step_3")
+    assert not (job.run / "checkpoints" / "global_step_9").exists()
+
+
+def test_an_allowed_change_takes_effect(job) -> None:
+    """Of two runs that go on from one checkpoint with another weight decay, one is allowed and ends elsewhere."""
+    import shutil
+
+    assert job("trainer.total_training_steps=1", "optim.lr=1e-2", "optim.lr_scheduler=constant").returncode == 0
+    more = ["trainer.total_training_steps=2", "optim.lr=1e-2", "optim.lr_scheduler=constant"]
+    shutil.copytree(job.root / "ckpt", job.root / "copy", symlinks=True)
+    assert job(*more).returncode == 0
+    changed = job(
+        *more,
+        "optim.weight_decay=0.9",
+        "trainer.allow_changed=[optim.weight_decay]",
+        CHECKPOINT_DIR=str(job.root / "copy"),
+    )
+    assert changed.returncode == 0, changed.stderr
+    other = json.loads((job.root / "copy" / "sft" / "logs" / "outcome.json").read_text())
+    assert other["weights_sha256"] != outcome(job)["weights_sha256"]
+
+
 def test_under_torchrun(job) -> None:
     """The worker runs without our supervisor too."""
     import subprocess
     import sys
 
-    command = job.command("trainer.total_training_steps=2")[4:]
+    command = job.command("trainer.total_training_steps=2", "ulysses_sequence_parallel_size=2")[4:]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     result = subprocess.run(
         [*torchrun, "-m", "sft_job.train", *command],
-        env=job.variables(),
+        env={name: value for name, value in job.variables().items() if name != "NPROC_PER_NODE"},
         capture_output=True,
         text=True,
         timeout=120,

@@ -13,7 +13,7 @@ from sft_job.checkpoint.folder import damage, newest_whole, prune, publish, publ
 from sft_job.checkpoint.state import RunState
 from sft_job.contract import RunFolder
 
-STATE = RunState(1, 9, 0, 4, 100, 50, 2.0, 1, 1, "d", "m", {}, True, "0")
+STATE = RunState(1, 8, 4, 0, 4, 100, 50, 2.0, 1, 1, "d", "m", {}, True, "0")
 
 
 def save(run: RunFolder, step: int, kept: bool = True) -> Path:
@@ -95,13 +95,43 @@ def test_pruning(tmp_path_factory, kept, keep) -> None:
     run.checkpoints.mkdir()
     for step, is_kept in enumerate(kept, start=1):
         save(run, step, is_kept)
-    prune(run, keep)
+    prune(run, run.step(len(kept)), keep)
     left = [int(path.name.removeprefix("global_step_")) for path in published(run)]
     assert left[-1] == len(kept)  # the newest stays, whatever it is
     expected = [step for step, is_kept in enumerate(kept, start=1) if is_kept]
     if keep is not None:
         expected = expected[-keep:]
     assert left == sorted({*expected, len(kept)})
+
+
+def test_pruning_never_removes_what_was_just_saved(run) -> None:
+    """A damaged later folder does not make the new one an old one; it goes."""
+    for step in (2, 4):
+        save(run, step)
+    (run.step(4) / "__0_0.distcp").unlink()
+    prune(run, save(run, 3, kept=False), 1)
+    assert published(run) == [run.step(2), run.step(3)]
+    assert run.latest.read_text() == "global_step_3"
+
+
+def test_killed_between_two_renames_the_old_one_comes_back(run) -> None:
+    folder = save(run, 3)
+    folder.rename(run.checkpoints / ".replaced_global_step_3")
+    temporary_folder(run, 3).mkdir()
+    folders.clear_leftovers(run)
+    assert damage(folder) is None
+    assert published(run) == [folder]
+
+
+def test_one_without_optimizer_cannot_be_gone_on_from(run) -> None:
+    save(run, 2)
+    temporary = temporary_folder(run, 3)
+    temporary.mkdir()
+    (temporary / "state.json").write_text(replace(STATE, step=3, contents=("model",)).to_json())
+    publish(run, 3)
+    found, notes = newest_whole(published(run), frozenset({"model", "optimizer"}))
+    assert found == run.step(2)
+    assert "save_contents left out optimizer" in notes[0]
 
 
 def test_an_interrupted_write_leaves_the_old_pointer(run, monkeypatch) -> None:

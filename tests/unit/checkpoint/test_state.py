@@ -12,7 +12,7 @@ from sft_job.config.schema import JobConfig
 
 def state_of(config: JobConfig) -> RunState:
     saved = json.loads(json.dumps(flat_config(config)))
-    return RunState(1, 9, 0, 4, 100, 50, 2.0, 1, 1, "d", "m", saved, True, "0")
+    return RunState(1, 8, 4, 0, 4, 100, 50, 2.0, 1, 1, "d", "m", saved, True, "0")
 
 
 def test_an_equal_config_has_no_changes() -> None:
@@ -40,17 +40,21 @@ def test_every_setting_is_sorted_somewhere() -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "longer"),
-    [((2, None), (3, None), True), ((2, None), (1, None), False), ((2, 10), (2, 12), True), ((2, 10), (2, None), True),
-     ((2, 10), (2, 9), False), ((2, None), (2, 5), False)],
+    ("old", "new", "kind"),
+    [((2, None), (3, None), "longer"), ((2, None), (1, None), "refused"), ((2, 10), (2, 12), "longer"),
+     ((2, 6), (2, None), "longer"), ((2, 10), (2, None), "refused"), ((2, None), (2, 9), "longer"),
+     ((2, None), (2, 8), "safe"), ((2, None), (2, 5), "refused")],
 )  # fmt: skip
-def test_length(old, new, longer) -> None:
+def test_length_is_judged_by_the_steps_it_means(old, new, kind) -> None:
+    """An epoch has 4 steps."""
     before, after = JobConfig(), JobConfig()
     before.trainer.total_epochs, before.trainer.total_training_steps = old
     after.trainer.total_epochs, after.trainer.total_training_steps = new
-    changes = compare_config(state_of(before), after)
-    assert bool(changes.longer) is longer
-    assert bool(changes.refused) is not longer
+    saved = dataclasses.replace(state_of(before), total_steps=old[1] or old[0] * 4)
+    changes = compare_config(saved, after)
+    assert [bool(getattr(changes, name)) for name in ("longer", "refused", "safe")] == [
+        kind == name for name in ("longer", "refused", "safe")
+    ]
 
 
 def test_allowed_by_name_or_by_section() -> None:

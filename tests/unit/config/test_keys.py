@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from sft_job.config.fields import leaf_fields, section_paths, suggestion
-from sft_job.config.keys import ALIASES, FRAGMENTS, KEYS, keys_table
+from sft_job.config.keys import FRAGMENTS, KEYS, keys_table
 from sft_job.config.schema import JobConfig
+from sft_job.config.verl import ALIASES, FOREIGN, VERL_DEFAULTS
 
 SEED = Path(__file__).parents[2] / "golden" / "seed_sft_trainer.yaml"
 
@@ -34,7 +35,7 @@ def yaml_paths(tree: dict[str, Any], above: str = "") -> set[str]:
 
 
 def test_every_setting_has_an_entry_and_every_entry_is_a_setting():
-    assert set(KEYS) == schema_paths(JobConfig) | set(ALIASES)
+    assert set(KEYS) == schema_paths(JobConfig)
     assert set(leaf_fields()) == schema_paths(JobConfig)
 
 
@@ -46,13 +47,15 @@ def test_every_entry_says_exactly_one_thing():
 def test_every_key_of_the_seed_has_an_entry():
     keys = yaml_paths(yaml.safe_load(SEED.read_text()))
     assert len(keys) == 56
-    assert keys <= set(KEYS)
+    assert keys <= {*KEYS, *ALIASES}
 
 
 def test_other_names_point_at_settings_and_are_none_themselves():
     for name, alias in ALIASES.items():
         assert alias.target in leaf_fields()
         assert name not in leaf_fields()
+    taken = {*leaf_fields(), *section_paths(leaf_fields()), *ALIASES}
+    assert taken.isdisjoint(FOREIGN)
 
 
 def test_fragments_point_at_settings_or_sections():
@@ -63,12 +66,25 @@ def test_fragments_point_at_settings_or_sections():
 
 
 def test_the_table_has_one_row_a_key():
-    lines = keys_table().splitlines()
-    assert [line.split("`")[1] for line in lines[2:]] == [*leaf_fields(), *sorted(ALIASES)]
-    assert all(line.count("|") == 4 for line in lines)
-    assert "| `data.train_batch_size` | `256` | rows of one optimizer step" in keys_table()
-    assert "| `model.strategy` | `fsdp` | ignored: fsdp and fsdp2 both mean FSDP2 |" in keys_table()
-    assert "| `optim.lr_warmup_steps_ratio` |  | other name of optim.warmup_steps_ratio |" in keys_table()
+    table = keys_table()
+    rows = [line for line in table.splitlines() if line.startswith("| `")]
+    assert [line.split("`")[1] for line in rows] == [*leaf_fields(), *sorted([*ALIASES, *FOREIGN])]
+    assert all(line.count("|") == (5 if line.split("`")[1] in KEYS else 3) for line in rows)
+    assert "| `data.train_batch_size` | `256` |  | rows of one optimizer step" in table
+    assert "| `model.strategy` | `fsdp` | `fsdp2` / `fsdp` | ignored: fsdp and fsdp2 both mean FSDP2 |" in table
+    assert "| `optim.lr_warmup_steps_ratio` | `optim.warmup_steps_ratio` |" in table
+    assert "| `profiler` | ignored: this job writes no profiles |" in table
+    assert "| `optim.optimizer` | only AdamW: the optimizer is always torch.optim.AdamW |" in table
+
+
+def test_the_table_shows_where_verl_has_other_defaults():
+    for key, pair in VERL_DEFAULTS.items():
+        row = next(line for line in keys_table().splitlines() if line.startswith(f"| `{key}` |"))
+        default, theirs = row.split(" | ")[1:3]
+        assert any(text and f"`{text}`" != default for text in pair)
+        assert all(f"`{text}`" in theirs for text in pair if text)
+    assert "| `optim.lr` | `1e-05` | `1e-05` / `0.001` | peak learning rate |" in keys_table()
+    assert "| `data.prompt_key` | `prompt` | `question` / – | column" in keys_table()
 
 
 @pytest.mark.parametrize(

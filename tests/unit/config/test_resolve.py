@@ -57,7 +57,7 @@ def test_problems_of_all_kinds_in_order(tmp_path: Path):
     path = tmp_path / "job.yaml"
     path.write_text(
         "trainer:\n  log_freq: 0\n  seeds: 3\ndata:\n  max_length: x\n  truncation: cut\n  train_files: a\n"
-        "model:\n  partial_pretrain: /nowhere\n  lora_rank: 8\nulysses_sequence_parallel_size: 3\n"
+        "model:\n  partial_pretrain: /nowhere\n  lora_rank: -8\nulysses_sequence_parallel_size: 3\n"
     )
     found = resolve(str(path), ["optim.lr=-1"], {"CHECKPOINT_DIR": "/runs", "NPROC_PER_NODE": "4"}, 0)
     assert [(problem.subject, problem.origin) for problem in found.problems] == [

@@ -86,9 +86,14 @@ LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "model.init": (["pretrained", "random"], ["zeros"]),
     "model.fsdp_config.model_dtype": (["bf16", "fp32", "fp64"], ["fp16", "bfloat16", ""]),
     "model.fsdp_config.dtype": ([None, "bf16", "fp32", "fp64"], ["fp16"]),
-    "model.lora_rank": ([0], [-1]),
+    "model.lora_rank": ([0, 1, 64], [-1]),
     "model.lora_alpha": ([0.5, 16], [0, -1, NAN, INF]),
-    "model.target_modules": (["all-linear", ["q_proj"]], ["", [], None]),
+    "model.target_modules": (["all-linear", ["q_proj"], r".*\.(q|v)_proj"], ["", [], None, [""], 3, "(", "*x"]),
+    "model.exclude_modules": ([None, ["q_proj"], r".*\.0\..*"], ["", [], [1], "("]),
+    "model.fsdp_config.fsdp_size": ([-1, 1], [0, -2, 2]),
+    "data.chat_template": ([None, "{{ messages }}"], [""]),
+    "model.external_lib": ([None, "json", "json.tool"], ["", "no_such_module_here", "a b", "/x.py"]),
+    "trainer.default_hdfs_dir": ([None, "/elsewhere", "hdfs://host/a", "s3://a"], ["", "s3://", "://a", "A b://c"]),
     "model.strategy": (["fsdp", "fsdp2"], ["ddp"]),
     "optim.lr": ([1e-30, 1], [0.0, -1e-5, NAN, INF]),
     "optim.betas": ([[0.0, 0.999]], [[], [0.9], [0.9, 0.9, 0.9], [0.9, 1.0], [-0.1, 0.9], [NAN, 0.9]]),
@@ -102,7 +107,7 @@ LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "trainer.resume_mode": (["auto", "disable"], ["always"]),
     "trainer.total_epochs": ([1], [0]),
     "trainer.total_training_steps": ([None, 1], [0, -1]),
-    "trainer.logger": ([[], ["console", "wandb"]], [["tensorboard"], ["console", "mlflow"]]),
+    "trainer.logger": ([[], ["console", "wandb", "tensorboard", "file"]], [["Tensorboard"], ["console", "mlflow"]]),
     "trainer.seed": ([0, 2**32 - 1], [-1, 2**32]),
     "trainer.save_freq": ([-1, 1], [0, -2]),
     "trainer.test_freq": ([-1, 1, "after_each_epoch"], [0, -2, "each_epoch", None, True, 1.5, [1]]),
@@ -133,7 +138,14 @@ def test_every_setting_that_can_be_wrong_has_limits_here():
         "data.use_dynamic_bsz",
         "data.apply_chat_template_kwargs",
         "data.balance_dp_token",
+        "data.use_shm",
+        "data.custom_cls.path",  # these have tests of their own
         "data.custom_cls.name",
+        "model.lora_adapter_path",
+        "model.use_shm",
+        "model.fsdp_config.cpu_offload",
+        "model.fsdp_config.offload_params",
+        "optim.no_decay_on_norms_and_biases",
         "model.partial_pretrain",
         "model.fsdp_config.wrap_policy.min_num_params",
         "model.fsdp_config.reshard_after_forward",
@@ -159,7 +171,8 @@ def test_every_setting_that_can_be_wrong_has_limits_here():
         ("data__truncation", "rigth", "must be one of error, left, right\n    fix: did you mean right?"),
         ("trainer__logger", ["console", "wandbb"], "trainer.logger[1] = 'wandbb'"),
         ("trainer__logger", ["console", "wandbb"], "fix: did you mean wandb?"),
-        ("trainer__logger", ["tensorboard"], "must be any of console, wandb"),
+        ("trainer__logger", ["tensorbord"], "did you mean tensorboard?"),
+        ("model__target_modules", "(", "a text alone is read as a regular expression"),
         ("trainer__allow_changed", ["optim.lrr"], "did you mean optim.lr?"),
         ("trainer__test_freq", "after_epoch", "did you mean after_each_epoch?"),
         ("optim__betas", [0.9], "must be two numbers, each from 0 to below 1"),
@@ -170,18 +183,7 @@ def test_messages(key: str, value: Any, message: str):
     assert message in problem.text()
 
 
-NOT_BUILT = {
-    "data.multiturn.enable": True,
-    "data.chat_template": "{{ messages }}",
-    "data.custom_cls.path": "my.py",
-    "data.use_shm": True,
-    "model.use_shm": True,
-    "model.external_lib": "mine",
-    "model.lora_rank": 8,
-    "model.fsdp_config.cpu_offload": True,
-    "model.fsdp_config.offload_params": True,
-    "trainer.default_hdfs_dir": "hdfs://x",
-}
+NOT_BUILT = {"data.multiturn.enable": True}
 
 
 def test_what_is_not_built_yet_is_refused_all_at_once():
@@ -242,6 +244,29 @@ def test_ulysses_without_a_model_and_over_nodes():
 def test_ulysses_without_packing_is_allowed():
     config = config_with(ulysses_sequence_parallel_size=2, use_remove_padding=False)
     assert check(config, Topology(2, 1, 0, "127.0.0.1", None), MODEL)[0] == []
+
+
+# FSDP groups
+
+
+@pytest.mark.parametrize("size", [-1, 1, 2, 4, 8])
+def test_groups_that_divide_the_ranks(size: int):
+    config = config_with(model__fsdp_config__fsdp_size=size, ulysses_sequence_parallel_size=4)
+    assert check(config, Topology(4, 2, 0, "127.0.0.1", 1), MODEL)[0] == []
+
+
+@pytest.mark.parametrize(
+    ("size", "rule"),
+    [
+        (3, "it must divide the number of ranks: 8 ranks / 3 = 2.667"),
+        (16, "it must divide the number of ranks: 8 ranks / 16 = 0.5"),
+        (0, "must be a whole number from 1, or -1 for all ranks"),
+    ],
+)
+def test_groups_that_do_not_fit(size: int, rule: str):
+    (problem,) = check(config_with(model__fsdp_config__fsdp_size=size), Topology(8, 1, 0, "127.0.0.1", None))[0]
+    assert (problem.subject, problem.rule) == ("model.fsdp_config.fsdp_size", rule)
+    assert problem.fix == "-1, or one of 1, 2, 4, 8"
 
 
 # Resuming

@@ -186,19 +186,31 @@ class TestMakeLoggers:
     def test_logger_that_is_not_installed_is_a_warning(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
         warnings: list[str] = []
-        loggers = make_loggers(["wandb", "swanlab"], RunFolder(tmp_path), total_steps=2, warn=warnings.append)
+        loggers = make_loggers(
+            ["wandb", "swanlab", "tensorboard"], RunFolder(tmp_path), total_steps=2, warn=warnings.append
+        )
         loggers.log({"step": 1, "train/loss": 1.0})
         loggers.close()
         assert "wandb, which is not installed" in warnings[0]
-        assert "'swanlab', which this job does not know (known: console, wandb)" in warnings[1]
+        assert "tensorboard, which is not installed (pip install tensorboard)" in warnings[1]
+        assert "'swanlab', which this job does not know (known: console, wandb, tensorboard, file)" in warnings[2]
         assert steps_of(RunFolder(tmp_path).metrics) == [1]
 
     def test_console(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        loggers = make_loggers(["console", "tensorboard"], RunFolder(tmp_path), total_steps=2)
+        loggers = make_loggers(["console", "file", "swanlab"], RunFolder(tmp_path), total_steps=2)
         loggers.log({"step": 1, "epoch": 0.5, "train/loss": 1.25, "train/lr": 1e-3})
         loggers.message("a message")
+        loggers.warning("a warning")
         loggers.close()
         shown = capsys.readouterr().out
-        assert "warning: trainer.logger names 'tensorboard'" in shown
+        assert "warning: trainer.logger names 'swanlab'" in shown
+        assert "'file'" not in shown
         assert "loss 1.2500" in shown
         assert "a message" in shown
+        assert "warning: a warning" in shown
+
+    def test_warning_without_a_console(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        loggers = make_loggers(["file"], RunFolder(tmp_path), total_steps=2)
+        loggers.warning("nobody watches")
+        loggers.close()
+        assert caplog.messages == ["nobody watches"]

@@ -1,0 +1,46 @@
+"""The benchmarks run and write what they promise; how fast they are is not looked at."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_data_pipeline(tmp_path: Path) -> None:
+    out, work = tmp_path / "results" / "data.json", tmp_path / "work"
+    work.mkdir()
+    options = ["--rows", "2000", "--repeats", "1", "--work", str(work), "--out", str(out)]
+    done = subprocess.run(
+        [sys.executable, "benchmarks/data_pipeline.py", *options],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not list(work.iterdir()), "temporary files are left"
+
+    record = json.loads(out.read_text(encoding="utf-8"))
+    settings, results = record["settings"], record["results"]
+    assert {"cpu", "cores", "torch", "tokenizers", "commit"} <= record["machine"].keys()
+    (cold,) = results["cold"]
+    assert cold["rows"] == settings["rows"] == 2000
+    assert 250 < cold["tokens"] / cold["rows"] < 350
+    assert len(results["tokenizers_threads"]) == len(results["tokenizers_processes"]) == 2
+    assert results["rank_large"]["steps"] == results["rank_small"]["steps"] == settings["steps"]
+    assert results["rank_small"]["rows"] == settings["small_rows"]
+    long = results["long_rows"]["cold"]
+    assert long["tokens"] == long["rows"] * settings["long_row_tokens"] == long["rows"] * long["longest_row"]
+    assert results["many_files"]["files"]["files"] == settings["small_files"]
+    assert results["many_files"]["cold"]["rows"] == settings["small_files"] * settings["small_file_rows"]
+    assert all(result["seconds"] > 0 for result in [*results["warm"], *results["warm_from_disk"]])
+
+    table = out.with_suffix(".md").read_text(encoding="utf-8")
+    assert all(f"| {line['name']} | {line['value']} |" in table for line in record["table"])
