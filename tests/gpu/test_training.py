@@ -57,7 +57,8 @@ def train(
     log = run / "sft" / "logs" / "rank_0.log"
     assert result.returncode == 0, result.stderr + (log.read_text() if log.exists() else "")
     lines = [json.loads(line) for line in (run / "sft" / "logs" / "metrics.jsonl").read_text().splitlines()]
-    sys.stdout.write(f"{overrides} {ranks} ranks: {[round(loss, 3) for loss in losses(lines)]}\n")  # with -s
+    # Shown with -s.
+    sys.stdout.write(f"{overrides} {ranks} ranks, peak {peak(lines):.3f} GiB: {[round(x, 3) for x in losses(lines)]}\n")
     return lines, json.loads((run / "sft" / "logs" / "outcome.json").read_text())
 
 
@@ -109,8 +110,56 @@ def test_two_gpus_follow_the_cpu(inputs, tmp_path, on_cpu, ulysses) -> None:
 
 @pytest.mark.multigpu
 @two_gpus
-def test_two_gpus_go_on_as_one(inputs, tmp_path, on_cpu) -> None:
+def test_two_gpus_go_on_as_one(inputs, tmp_path) -> None:
+    constant = "optim.lr_scheduler=constant"
+    straight = losses(train(inputs, tmp_path / "straight", constant)[0])
     run = tmp_path / "run"
-    train(inputs, run, "trainer.total_training_steps=10", "optim.lr_scheduler=constant", ranks=2)
-    lines, _ = train(inputs, run, "optim.lr_scheduler=constant", ranks=1)
-    assert len(losses(lines)) == STEPS
+    train(inputs, run, "trainer.total_training_steps=10", constant, ranks=2)
+    lines, _ = train(inputs, run, constant, ranks=1)
+    assert_close(losses(lines), straight)
+
+
+LORA = ("model.lora_rank=8", "model.fsdp_config.model_dtype=bf16", "optim.lr=5e-3")
+
+
+def peak(lines: list[dict]) -> float:
+    return max(line.get("memory/peak_gib") or 0.0 for line in lines)
+
+
+def assert_falls(lines: list[dict]) -> None:
+    found = losses(lines)
+    assert len(found) == STEPS
+    assert sum(found[-3:]) < 0.9 * sum(found[:3])
+
+
+def test_lora(inputs, tmp_path) -> None:
+    lines, _ = train(inputs, tmp_path / "gpu", *LORA)
+    assert_falls(lines)
+    full, _ = train(inputs, tmp_path / "full", "model.fsdp_config.model_dtype=bf16")
+    assert peak(lines) < peak(full)
+
+
+def test_offload(inputs, tmp_path, on_cpu) -> None:
+    lines, _ = train(inputs, tmp_path / "gpu", "model.fsdp_config.cpu_offload=true")
+    assert_close(losses(lines), on_cpu)
+    kept, _ = train(inputs, tmp_path / "kept")
+    assert peak(lines) < peak(kept)
+
+
+@pytest.mark.multigpu
+@two_gpus
+@pytest.mark.parametrize("more", [
+    ["model.fsdp_config.fsdp_size=1"],
+    ["model.fsdp_config.cpu_offload=true", "ulysses_sequence_parallel_size=2"],
+])  # fmt: skip
+def test_two_gpus_hsdp_and_offload(inputs, tmp_path, on_cpu, more) -> None:
+    assert_close(losses(train(inputs, tmp_path / "gpu", *more, ranks=2)[0]), on_cpu)
+
+
+@pytest.mark.multigpu
+@two_gpus
+def test_two_gpus_lora(inputs, tmp_path) -> None:
+    alone = losses(train(inputs, tmp_path / "one", *LORA)[0])
+    lines, _ = train(inputs, tmp_path / "two", *LORA, "ulysses_sequence_parallel_size=2", ranks=2)
+    assert_falls(lines)
+    assert losses(lines) == pytest.approx(alone, rel=0.05)
