@@ -16,12 +16,11 @@ from sft_job.config.resolve import Resolution, resolve
 from sft_job.config.schema import JobConfig
 from sft_job.config.topology import count_gpus
 from sft_job.contract import ExitCode
-from sft_job.data.files import check_data
 from sft_job.data.sample import check_sample
 from sft_job.data.spec import CacheSpec, cache_spec
 from sft_job.errors import JobError, Problem, ProblemsError, problems_text, worst_code
 from sft_job.model.supported import check_architecture
-from sft_job.supervisor import with_origin
+from sft_job.supervisor import input_problems
 
 SAMPLE_ROWS = 1000
 ALL_ROWS = sys.maxsize
@@ -53,9 +52,8 @@ def check_job(
         for line in (*loaded.mappings, *loaded.ignored):
             console.print(f"note: {line}", markup=False, highlight=False)
         if loaded.config.data.train_files:
-            problems += check_data(loaded.config)
+            problems += input_problems(loaded)
     table = Table(box=None, show_header=False, pad_edge=False)
-    problems = [with_origin(problem, loaded) for problem in problems]
     if not problems:
         problems += _check_start(loaded.config)
         table.add_row("layout", _layout_text(resolution))

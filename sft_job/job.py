@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,17 @@ import torch
 from sft_job import __version__
 from sft_job.checkpoint.checkpointer import ADAPTER, HUGGINGFACE, Checkpointer
 from sft_job.checkpoint.distributed import load_tensors, on_first_rank
-from sft_job.checkpoint.start import START_FILE, Start, find_start, model_fingerprint, refuse_other_data, start_at
+from sft_job.checkpoint.folder import published
+from sft_job.checkpoint.remote import RemoteStore
+from sft_job.checkpoint.start import (
+    START_FILE,
+    Start,
+    fetch_remote,
+    find_start,
+    model_fingerprint,
+    refuse_other_data,
+    start_at,
+)
 from sft_job.checkpoint.state import RunState, flat_config, total_steps
 from sft_job.config.load import run_folder
 from sft_job.config.schema import JobConfig
@@ -39,6 +50,9 @@ from sft_job.parallel.mesh import Mesh, build_mesh
 from sft_job.runtime import Runtime, StopWish, agree
 from sft_job.trainer import Ending, Schedule, Trainer
 
+log = logging.getLogger(__name__)
+_STOP_UPLOAD_SECONDS = 20.0
+
 
 @dataclass(frozen=True)
 class Job:
@@ -50,6 +64,8 @@ class Job:
         trainer: the loop.
         loader: this rank's batches.
         loggers: on rank 0, None elsewhere.
+        store: a second place for checkpoints, on rank 0 where one is set.
+        timeout_seconds: how long the other ranks wait for rank 0.
     """
 
     module: CausalLMLoss
@@ -57,15 +73,23 @@ class Job:
     trainer: Trainer
     loader: BatchLoader
     loggers: Loggers | None
+    store: RemoteStore | None
+    timeout_seconds: int
 
     def run(self) -> Ending:
         """Train to the end or to a stop (a collective call)."""
         first, last = self.trainer.state.step, self.trainer.schedule.total_steps
         with contextlib.closing(self.loader.steps(first, last)) as batches:
-            return self.trainer.run(batches)
+            ending = self.trainer.run(batches)
+        if self.store is not None:
+            # A scheduler that asked for a stop will not wait for an upload; the end of a run does.
+            self.store.close(_STOP_UPLOAD_SECONDS if ending.stopped else 0.8 * self.timeout_seconds)
+        return ending
 
     def close(self) -> None:
-        """Close the loggers."""
+        """Close what is still open, also after an error."""
+        if self.store is not None:
+            self.store.close(_STOP_UPLOAD_SECONDS)
         if self.loggers is not None:
             self.loggers.close()
 
@@ -89,6 +113,7 @@ def _find_start(config: JobConfig, run: RunFolder) -> Start:
     """Where the run begins; under a supervisor at the checkpoint that it has verified already."""
     reports = os.environ.get(Env.REPORT_DIR)
     if reports is None:
+        fetch_remote(config, run, log.warning)
         return find_start(config, run)
     found = (Path(reports) / START_FILE).read_text(encoding="utf-8")
     return start_at(Path(found), config, run) if found else Start()
@@ -106,6 +131,11 @@ def build_job(config: JobConfig, runtime: Runtime, stop: StopWish, start: Start)
     mesh = build_mesh(runtime.device.type, config.ulysses_sequence_parallel_size, fsdp.fsdp_size)
     rows, validation = _open_rows(config, run)
     refuse_other_data(start, rows.fingerprint, config)
+    order = RowOrder(config.trainer.seed, rows.num_rows, config.data.train_batch_size)
+    schedule = make_schedule(config, order.steps_per_epoch)
+    state = _begin_state(config, start, schedule, rows, mesh)
+    loggers = _loggers(config, run, state) if runtime.is_first else None
+    store = _store(config, run, loggers)
 
     precision = precision_of(fsdp, runtime.device.type)
     fresh = start.checkpoint is None
@@ -119,17 +149,14 @@ def build_job(config: JobConfig, runtime: Runtime, stop: StopWish, start: Start)
         config.trainer.max_ckpt_to_keep,
         ADAPTER if uses_lora(config.model) else HUGGINGFACE,
         lambda folder: export_live(folder, module.lm, config, runtime.device, write=runtime.is_first),
+        None if store is None else store.upload,
     )
     checkpointer.prepare()
     if start.checkpoint is not None:
         load_tensors(start.checkpoint, module, optimizer)
         checkpointer.newest = start.checkpoint
 
-    order = RowOrder(config.trainer.seed, rows.num_rows, config.data.train_batch_size)
-    schedule = make_schedule(config, order.steps_per_epoch)
-    state = _begin_state(config, start, schedule, rows, mesh)
     shape = FlopsShape.from_config(module.lm.config)
-    loggers = _loggers(config, run, state) if runtime.is_first else None
     if loggers is not None:
         _tell_start(loggers, config, attention, schedule, rows, validation, state)
     trainer = Trainer(
@@ -154,7 +181,7 @@ def build_job(config: JobConfig, runtime: Runtime, stop: StopWish, start: Start)
         stop,
     )
     loader = _loader(config, rows, order, mesh)
-    return Job(module, optimizer, trainer, loader, loggers)
+    return Job(module, optimizer, trainer, loader, loggers, store, config.trainer.timeout_seconds)
 
 
 def make_schedule(config: JobConfig, steps_per_epoch: int) -> Schedule:
@@ -174,6 +201,16 @@ def _loggers(config: JobConfig, run: RunFolder, state: RunState) -> Loggers:
         experiment=trainer.experiment_name,
         config=state.config,
     )
+
+
+def _store(config: JobConfig, run: RunFolder, loggers: Loggers | None) -> RemoteStore | None:
+    url = config.trainer.default_hdfs_dir
+    if url is None or loggers is None:
+        return None
+    store = RemoteStore(url, loggers.warning, config.trainer.max_ckpt_to_keep)
+    for folder in published(run):
+        store.upload(folder)  # what an earlier start had no time for; what is there costs a look
+    return store
 
 
 def _tell_start(

@@ -15,12 +15,13 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rich.console import Console
 
 from sft_job.config.load import load_resolved, run_folder
 from sft_job.contract import Env, ExitCode
+from sft_job.data.cache import TokenCache
 from sft_job.data.places import write_places
 from sft_job.data.prepare import prepare, write_report
 from sft_job.errors import JobError
@@ -62,8 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_resolved(Path(resolved))
         run = run_folder(config)
-        check_architecture(config.model)  # before hours of tokenising for a model that cannot be trained
-        train, val = prepare(config, run, _Progress(Console()))
+        hf_config = check_architecture(config.model)  # before hours of tokenising for a model that cannot be trained
+        console = Console()
+        train, val = prepare(
+            config, run, _Progress(console), lambda text: console.print(f"warning: {text}", markup=False)
+        )
+        refuse_unknown_ids(hf_config, train, val)
         write_report(run, train, val)
         write_places(reports, train, val)
     except JobError as error:
@@ -75,6 +80,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (reports / REPORT).write_text(json.dumps({"code": int(ExitCode.BUG), "message": message}), encoding="utf-8")
         return ExitCode.BUG
     return ExitCode.DONE
+
+
+def refuse_unknown_ids(hf_config: Any, *caches: TokenCache | None) -> None:
+    """Refuse rows with ids that the model has no embedding for: on a GPU they end in an assertion that says nothing.
+
+    Raises:
+        JobError: exit code 66.
+    """
+    vocabulary = hf_config.get_text_config().vocab_size
+    largest = max(cache.report["largest_id"] for cache in caches if cache is not None)
+    if largest >= vocabulary:
+        raise JobError(
+            ExitCode.MODEL,
+            f"model.partial_pretrain: the tokenizer gives id {largest}, but the model's vocabulary ends at "
+            f"{vocabulary - 1} (vocab_size in config.json)\n    fix: the tokenizer that belongs to this model",
+        )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from rich.console import Console
 
 from sft_job import __version__
 from sft_job.checkpoint.folder import published, state_or_none, write_durably
-from sft_job.checkpoint.start import START_FILE, Start, find_start
+from sft_job.checkpoint.remote_folder import url_problem
+from sft_job.checkpoint.start import START_FILE, Start, fetch_remote, find_start
 from sft_job.checkpoint.state import RunState
 from sft_job.config.load import Loaded, dump_config, origins_text, run_folder
 from sft_job.config.resolve import Resolution, resolve
@@ -60,6 +61,8 @@ class Supervisor:
         try:
             resolution = checked(config_arg, overrides, self._environ)
             run = run_folder(resolution.loaded.config)
+            if resolution.topology.node_rank == 0:
+                fetch_remote(resolution.loaded.config, run, self._show)
             start = find_start(resolution.loaded.config, run)
             self._tell(resolution, start, run)
             if start.finished:
@@ -139,7 +142,10 @@ class Supervisor:
         return verdict(ranks.ends())
 
     def _show(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        try:
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        except (OSError, SystemExit):  # rich's answer to a closed pipe: nobody reads, and the run goes on
+            self._console.quiet = True
 
     def _tell(self, resolution: Resolution, start: Start, run: RunFolder) -> None:
         loaded, topology = resolution.loaded, resolution.topology
@@ -210,7 +216,7 @@ def checked(config_arg: str | None, overrides: Sequence[str], environ: Mapping[s
     resolution = resolve(config_arg, overrides, environ, count_gpus(environ))
     problems = list(resolution.problems)
     if resolution.loaded.readable and resolution.loaded.config.data.train_files:
-        problems += [with_origin(problem, resolution.loaded) for problem in check_data(resolution.loaded.config)]
+        problems += input_problems(resolution.loaded)
     raise_problems(problems)
     return resolution
 
@@ -228,10 +234,13 @@ def _make_logs(run: RunFolder) -> None:
         ) from error
 
 
-def with_origin(problem: Problem, loaded: Loaded) -> Problem:
-    """The problem with the place where its setting was made."""
-    key = problem.subject.partition(":")[0]
-    return problem if problem.origin else replace(problem, origin=loaded.origin(key))
+def input_problems(loaded: Loaded) -> list[Problem]:
+    """What is wrong with the data files and the second place for checkpoints, with the place of each setting."""
+    problems = check_data(loaded.config)
+    url = loaded.config.trainer.default_hdfs_dir
+    if url is not None and (problem := url_problem(url)):
+        problems.append(problem)
+    return [p if p.origin else replace(p, origin=loaded.origin(p.subject.partition(":")[0])) for p in problems]
 
 
 def restarts_so_far(run: RunFolder, start: Start) -> list[dict[str, Any]]:

@@ -44,6 +44,7 @@ class Checkpointer:
         export_name: ``huggingface``, or ``adapter`` where adapters are trained.
         export: writes that into an existing folder and returns the weights' SHA-256 ('' except on rank 0); a
             collective call.
+        on_published: takes each checkpoint's folder when it is whole, on rank 0; must return at once.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Checkpointer:
         keep: int | None,
         export_name: str,
         export: Callable[[Path], str],
+        on_published: Callable[[Path], None] | None = None,
     ) -> None:
         self._run = run
         self._module = module
@@ -63,6 +65,7 @@ class Checkpointer:
         self._keep = keep
         self._export_name = export_name
         self._export = export
+        self._on_published = on_published
         self.newest: Path | None = None
         """The checkpoint that was saved last."""
 
@@ -113,7 +116,15 @@ class Checkpointer:
 
     def finish(self, step: int) -> None:
         """Let ``final`` point at the checkpoint of the last step: the run is done."""
-        self._as_file_work(mark_final, self._run, self._run.step(step))
+        self._as_file_work(self._mark_final, self._run.step(step))
+
+    def _mark_final(self, folder: Path) -> None:
+        mark_final(self._run, folder)
+        self._announce(folder)
+
+    def _announce(self, folder: Path) -> None:
+        if self._on_published is not None:
+            self._on_published(folder)
 
     def _exported(self, temporary: Path) -> str:
         self._as_file_work(_make_empty, temporary / self._export_name)
@@ -125,6 +136,7 @@ class Checkpointer:
         (temporary_folder(self._run, state.step) / STATE_FILE).write_text(state.to_json(), encoding="utf-8")
         folder = publish(self._run, state.step)
         prune(self._run, folder, self._keep)
+        self._announce(folder)
         return folder
 
     def _cannot_save(self, step: int, error: Exception) -> JobError:

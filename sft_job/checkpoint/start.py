@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
 from sft_job.checkpoint.folder import newest_whole, published
+from sft_job.checkpoint.remote import download_newest
 from sft_job.checkpoint.state import Changes, RunState, compare_config, read_state
 from sft_job.config.schema import JobConfig
 from sft_job.contract import ExitCode, RunFolder
@@ -48,6 +49,17 @@ def model_fingerprint(folder: Path) -> str:
     except (OSError, ValueError):
         return ""
     return sha256(json.dumps(parsed, sort_keys=True).encode()).hexdigest()
+
+
+def fetch_remote(config: JobConfig, run: RunFolder, warn: Callable[[str], None]) -> None:
+    """Bring the newest checkpoint of ``trainer.default_hdfs_dir`` into a run folder that has none.
+
+    Raises:
+        JobError: 2, 73, 74 or 137, as ``download_newest`` says.
+    """
+    url = config.trainer.default_hdfs_dir
+    if url is not None and config.trainer.resume_mode == "auto":
+        download_newest(url, run, warn)
 
 
 def find_start(config: JobConfig, run: RunFolder) -> Start:

@@ -24,6 +24,7 @@ SAFE_KEYS = frozenset(
         "data.cache_dir",
         "data.num_workers",
         "data.use_shm",
+        "data.custom_cls.path",  # the path only: the class's text is part of the data's fingerprint
         "data.micro_batch_size_per_gpu",
         "data.use_dynamic_bsz",
         "data.max_token_len_per_gpu",

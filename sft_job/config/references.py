@@ -1,4 +1,4 @@
-"""Rules for settings that name something outside the config: adapter, Python file, module, remote folder."""
+"""Rules for settings that name something outside the config: adapter, module, remote folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from sft_job.contract import ExitCode
 from sft_job.errors import Problem
 
 _ADAPTER = "model.lora_adapter_path"
-_CLASS_FILE, _CLASS_NAME = "data.custom_cls.path", "data.custom_cls.name"
 _MODULE = "model.external_lib"
 _REMOTE = "trainer.default_hdfs_dir"
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -24,14 +23,13 @@ _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def check_references(config: JobConfig, origin: Callable[[str], str]) -> list[Problem]:
-    """Look at everything outside the config that settings name; imports and downloads nothing.
+    """Look at adapter, module and remote folder that settings name; imports and connects to nothing.
 
     Returns:
         Problems with exit code 2, or 66 where the adapter's folder cannot be used.
     """
     return [
         *_check_adapter(config, origin),
-        *_check_class(config, origin),
         *_check_module(config, origin),
         *_check_remote(config, origin),
     ]
@@ -97,27 +95,6 @@ def _read_adapter(folder: Path) -> dict[str, Any] | str:
     if odd:
         return f"{_ADAPTER_CONFIG} sets {', '.join(odd)}; this job trains plain LoRA only"
     return settings
-
-
-def _check_class(config: JobConfig, origin: Callable[[str], str]) -> list[Problem]:
-    path, name = config.data.custom_cls.path, config.data.custom_cls.name
-    if not path and not name:
-        return []
-    if not path or not name:
-        lacks, has = (_CLASS_NAME, _CLASS_FILE) if path else (_CLASS_FILE, _CLASS_NAME)
-        fix = "name the class in that file" if path else "name the Python file that holds the class"
-        return [Problem(ExitCode.CONFIG, lacks, f"must be set, because {has} is", fix, origin=origin(has))]
-    try:
-        there = Path(path).expanduser().is_file()
-    except (OSError, ValueError, RuntimeError) as error:
-        return [Problem(ExitCode.CONFIG, _CLASS_FILE, f"cannot be looked at: {error}", "", path, origin(_CLASS_FILE))]
-    if not there:
-        rule, fix = "there is no such file", "name a Python file that every node can read"
-        return [Problem(ExitCode.CONFIG, _CLASS_FILE, rule, fix, path, origin(_CLASS_FILE))]
-    if not name.isidentifier():
-        rule = "must be the name of a class in the file"
-        return [Problem(ExitCode.CONFIG, _CLASS_NAME, rule, "", name, origin(_CLASS_NAME))]
-    return []
 
 
 def _check_module(config: JobConfig, origin: Callable[[str], str]) -> list[Problem]:

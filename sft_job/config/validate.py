@@ -16,7 +16,7 @@ from sft_job.config.model_folder import ModelFacts
 from sft_job.config.references import adapter_warnings, check_references
 from sft_job.config.schema import JobConfig
 from sft_job.config.topology import Topology
-from sft_job.contract import ExitCode, step_of
+from sft_job.contract import ExitCode, RunFolder, step_of
 from sft_job.errors import Problem
 
 
@@ -230,6 +230,9 @@ def _resume(config: JobConfig, origin: Callable[[str], str]) -> list[Problem]:
         return [Problem(ExitCode.CONFIG, key, f"cannot be looked at: {error}", "check the path", path, origin(key))]
     if there and step_of(folder) is not None:
         return []
+    own = RunFolder(Path(config.trainer.default_local_dir or "")).latest
+    if not there and config.trainer.default_local_dir and own.is_file():
+        return []  # it has served: the run goes on from its own checkpoints
     rule = "is no checkpoint: its name must be global_step_N" if there else "there is no such folder"
     fix = "name one of the folders global_step_N in a run's checkpoints/"
     return [Problem(ExitCode.CONFIG, key, rule, fix, path, origin(key))]

@@ -21,7 +21,7 @@ from sft_job.data.tokenise import FileCounts, Part, PieceResult, PieceTokeniser
 from sft_job.data.workers import tokenise_here, tokenise_in_processes
 from sft_job.errors import Problem, ProblemsError, raise_problems
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 LENGTHS = "lengths.int32"
 TARGETS = "targets.int32"

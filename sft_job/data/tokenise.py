@@ -45,6 +45,7 @@ class FileCounts:
     tokens: int = 0
     trained_tokens: int = 0
     longest_row: int = 0
+    largest_id: int = 0
 
     def add(self, other: FileCounts) -> None:
         """Add the counts of more rows of the same file."""
@@ -55,6 +56,7 @@ class FileCounts:
         self.tokens += other.tokens
         self.trained_tokens += other.trained_tokens
         self.longest_row = max(self.longest_row, other.longest_row)
+        self.largest_id = max(self.largest_id, other.largest_id)
 
 
 class Part(NamedTuple):
@@ -217,6 +219,7 @@ class PieceTokeniser:
         if not row.num_targets:
             counts.rows_without_target += 1
             return
+        counts.largest_id = max(counts.largest_id, *row.ids)
         columns.append(row, file, number)
         counts.rows_usable += 1
         counts.tokens += len(row.ids)

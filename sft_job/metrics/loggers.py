@@ -208,15 +208,21 @@ class Loggers:
     def log(self, record: Mapping[str, Any]) -> None:
         """Give the record to every logger."""
         self._jsonl.log(record)
-        if self._console is not None:
-            self._console.log(record)
+        self._on_console(lambda console: console.log(record))
         for logger in self._others:
             logger.log(record)
 
     def message(self, text: str) -> None:
         """Show a line above the progress; dropped where there is no console."""
-        if self._console is not None:
-            self._console.message(text)
+        self._on_console(lambda console: console.message(text))
+
+    def _on_console(self, show: Callable[[ConsoleLogger], None]) -> None:
+        """Nobody reading any more (a closed pipe, a lost terminal) ends the showing, not the run."""
+        try:
+            if self._console is not None:
+                show(self._console)
+        except (OSError, SystemExit):  # rich answers a closed pipe with SystemExit
+            self._console = None
 
     def warning(self, text: str) -> None:
         """Show a warning, from any thread: on the console, or through this package's Python logger."""
@@ -224,8 +230,7 @@ class Loggers:
 
     def close(self) -> None:
         """Close all of them, the console first: what the others warn of is then below its last line."""
-        if self._console is not None:
-            self._console.close()
+        self._on_console(lambda console: console.close())
         for logger in self._others:
             logger.close()
         self._jsonl.close()

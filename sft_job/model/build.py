@@ -13,6 +13,7 @@ from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sft_job.config.schema import ModelConfig
+from sft_job.data.shm import to_shm
 from sft_job.model.attention import PACKED, Needs, choose_backend, register_packed_attention
 from sft_job.model.causal_lm import CausalLMLoss
 from sft_job.model.lora import add_adapters, base_name, draw_adapters, load_adapters, lora_config, uses_lora
@@ -68,7 +69,8 @@ def build_model(
     )
     shard_model(module, sharding, device, seed if draw_base else None)
     if fill_base and not draw_base:
-        load_pretrained(lm, folder, lambda name: None if ".lora_" in name else base_name(name))
+        source = to_shm([folder])[0] if config.use_shm else folder
+        load_pretrained(lm, source, lambda name: None if ".lora_" in name else base_name(name))
     if adapters is not None and load:
         if config.lora_adapter_path is not None:
             load_adapters(lm, Path(config.lora_adapter_path))

@@ -6,6 +6,7 @@ recurrences, linear attention) or does not call transformers' attention interfac
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,19 @@ _TOKEN_WISE = ("Norm", "Conv1D", "Activation")
 
 
 def read_config(config: ModelConfig) -> PretrainedConfig:
-    """The model's config through transformers.
+    """The model's config through transformers, after ``external_lib`` was imported: it may register architectures.
 
     Raises:
-        JobError: transformers cannot read it, or not without code that is not trusted (66).
+        JobError: transformers cannot read it, or not without code that is not trusted (66); the library cannot be
+            imported (2).
     """
+    if config.external_lib is not None:
+        try:
+            importlib.import_module(config.external_lib)
+        except Exception as error:  # it is the user's code
+            raise JobError(
+                ExitCode.CONFIG, f"model.external_lib = {config.external_lib!r}: {type(error).__name__}: {error}"
+            ) from error
     try:
         return AutoConfig.from_pretrained(
             Path(config.partial_pretrain or ""), trust_remote_code=config.trust_remote_code, local_files_only=True

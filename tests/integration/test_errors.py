@@ -99,3 +99,58 @@ def test_version() -> None:
     )
     assert result.stdout.startswith("sft-job 0.")
     assert "commit" in result.stdout
+
+
+def test_a_tokenizer_larger_than_the_model(job, inputs, tmp_path) -> None:
+    import json
+
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in (inputs / "qwen3").iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"vocab_size": 250}))
+    result = job(f"model.partial_pretrain={broken}", "model.init=random")
+    assert result.returncode == 66, result.stderr
+    assert "the model's vocabulary ends at 249" in result.stderr
+
+
+def test_an_unsupported_architecture(job, inputs, tmp_path) -> None:
+    """Refused by train before any row is tokenised, and by check."""
+    from transformers import BloomConfig
+
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in (inputs / "qwen3").iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    config = BloomConfig(vocab_size=400, hidden_size=32, n_layer=2, n_head=4, architectures=["BloomForCausalLM"])
+    config.save_pretrained(broken)
+    for verb in ("train", "check"):
+        result = job(f"model.partial_pretrain={broken}", "model.init=random", verb=verb)
+        assert result.returncode == 2, result.stderr
+        assert "bloom is not supported" in result.stderr
+    assert not list(job.run.glob("cache/train-*"))
+
+
+def test_nobody_reads_the_screen(job) -> None:
+    """`sft-job train | head -1`: the run goes on."""
+    import shlex
+
+    command = shlex.join(job.command())
+    result = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command} | head -1"],
+        env=job.variables(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (job.run / "checkpoints" / "final").exists(), result.stderr
+
+
+def test_check_says_what_train_would_say_of_the_run_folder(job) -> None:
+    assert job().returncode == 0
+    for verb in ("train", "check"):
+        changed = job("optim.lr=3e-5", verb=verb)
+        assert changed.returncode == 2
+        assert "optim.lr = 3e-05" in changed.stderr

@@ -303,6 +303,33 @@ def test_an_allowed_change_takes_effect(job) -> None:
     assert other["weights_sha256"] != outcome(job)["weights_sha256"]
 
 
+def test_a_second_place_for_checkpoints(job) -> None:
+    """Uploaded when published, and where the run folder is lost the run goes on from there."""
+    import shutil
+
+    where = [f"trainer.default_hdfs_dir=file://{job.root}/store", "trainer.logger=[tensorboard, file]"]
+    short = job("trainer.total_training_steps=2", "trainer.save_freq=1", "optim.lr_scheduler=constant", *where)
+    assert short.returncode == 0, short.stderr
+    assert {path.name for path in (job.root / "store").iterdir()} >= {"global_step_1", "global_step_2", "latest"}
+    assert list((job.run / "tensorboard").iterdir())
+    shutil.rmtree(job.root / "ckpt")
+    longer = job("trainer.total_training_steps=3", "trainer.save_freq=1", "optim.lr_scheduler=constant", *where)
+    assert longer.returncode == 0, longer.stderr
+    assert [line["step"] for line in metrics(job) if "train/loss" in line] == [3]
+    assert (job.root / "store" / "latest").read_text() == "global_step_3"
+
+
+def test_external_lib_and_shared_memory(job, tmp_path) -> None:
+    (tmp_path / "my_lib.py").write_text("import pathlib; pathlib.Path(__file__).with_suffix('.seen').touch()
+")
+    settings = ["model.external_lib=my_lib", "model.use_shm=true", "data.use_shm=true", "trainer.total_training_steps=1"]
+    assert job(*settings, PYTHONPATH=f"{tmp_path}:{Path(__file__).parents[2]}").returncode == 0
+    assert (tmp_path / "my_lib.seen").exists()
+    missing = job("model.external_lib=nonesuch_lib")
+    assert missing.returncode == 2
+    assert "nonesuch_lib" in missing.stderr
+
+
 def test_under_torchrun(job) -> None:
     """The worker runs without our supervisor too."""
     import subprocess

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sft_job.checkpoint import folder as folders
@@ -89,6 +89,7 @@ def test_publishing_over_a_damaged_one(run) -> None:
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["global_step_3", "latest"]
 
 
+@settings(deadline=None)
 @given(st.lists(st.booleans(), min_size=1, max_size=8), st.one_of(st.none(), st.integers(1, 4)))
 def test_pruning(tmp_path_factory, kept, keep) -> None:
     run = RunFolder(tmp_path_factory.mktemp("run"))

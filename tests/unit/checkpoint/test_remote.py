@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict
@@ -289,13 +290,15 @@ class TestDownloadFaults:
         elif harm == "manifest":
             fs.pipe_file(manifest, b'{"files": {"stat')
         elif harm == "escape":
-            fs.pipe_file(manifest, json.dumps({"files": {"../../evil": {"bytes": 1, "sha256": ""}}}).encode())
+            fs.pipe_file(f"{root}/global_step_2/../../evil", b"evil")
+            fs.pipe_file(manifest, json.dumps({"files": {"../../evil": {"bytes": 4, "sha256": ""}}}).encode())
         else:
             del entries["files"]["state.json"]
             fs.pipe_file(manifest, json.dumps(entries).encode())
         assert download_newest(sent, other, warnings.append, QUICK) == other.step(1)
         assert len(warnings) == 1
         assert "global_step_2: damaged, not used" in warnings[0]
+        assert not (other.root / "evil").exists()
         assert sorted(path.name for path in other.checkpoints.iterdir()) == ["global_step_1", "latest"]
 
     def test_none_usable_is_an_error(self, sent: str, other: RunFolder, warnings: list[str]) -> None:
@@ -385,26 +388,53 @@ class TestUploadFaults:
         assert calls[0] == 5
         assert download_newest(TROUBLE, other, pytest.fail, QUICK) == other.step(2)
 
-    def test_an_outage_is_one_warning_and_is_made_good(
+    def test_an_outage_is_one_warning_and_is_made_good_by_the_next_checkpoint(
         self, run: RunFolder, trouble: type[Trouble], warnings: list[str]
     ) -> None:
-        failed = threading.Semaphore(0)
+        tried = threading.Semaphore(0)
 
         def away(operation: str, path: str) -> None:
-            raise ConnectionError("the bucket is away")
+            tried.release()
+            raise PermissionError("the key has expired")
 
         trouble.act = staticmethod(away)
-        store = RemoteStore(TROUBLE, lambda text: (warnings.append(text), failed.release()), None, QUICK)
+        store = RemoteStore(TROUBLE, warnings.append, None, QUICK)
         store.upload(save(run, 1))
-        assert failed.acquire(timeout=60)
+        assert tried.acquire(timeout=60)
         store.upload(save(run, 2))
+        assert tried.acquire(timeout=60)  # of the second
+        assert tried.acquire(timeout=60)  # of the first, again
         trouble.act = staticmethod(lambda operation, path: None)
         store.upload(save(run, 3))
-        assert store.close(60)
-        assert len(warnings) == 1
-        assert "global_step_1 could not be copied to trouble://bucket/run: ConnectionError" in warnings[0]
+        deadline = time.monotonic() + 60
+        while store.waiting and time.monotonic() < deadline:
+            time.sleep(0.01)
         assert there(TROUBLE) == ["global_step_1", "global_step_2", "global_step_3", "latest"]
         assert read(TROUBLE, "latest") == "global_step_3"
+        assert store.close(60)
+        assert len(warnings) == 1
+        assert "could not be copied to trouble://bucket/run: PermissionError: the key has expired" in warnings[0]
+
+    def test_the_newest_goes_first(self, run: RunFolder, trouble: type[Trouble]) -> None:
+        begun, gate = threading.Event(), threading.Event()
+        order: list[str] = []
+
+        def slow(operation: str, path: str) -> None:
+            if operation == "put" and not begun.is_set():
+                begun.set()
+                assert gate.wait(60)
+            if path.endswith("manifest.json") and operation == "write":
+                order.append(path.split("/")[-2])
+
+        trouble.act = staticmethod(slow)
+        store = RemoteStore(TROUBLE, pytest.fail, None, QUICK)
+        store.upload(save(run, 1))
+        assert begun.wait(60)
+        for step in (2, 3, 4):
+            store.upload(save(run, step))
+        gate.set()
+        assert store.close(60)
+        assert order == ["global_step_1", "global_step_4", "global_step_3", "global_step_2"]
 
     def test_what_never_came_is_named_at_the_end(
         self, run: RunFolder, trouble: type[Trouble], warnings: list[str]
@@ -519,7 +549,7 @@ class TestRetention:
         upload(run, TROUBLE, 1)
 
         def undeletable(operation: str, path: str) -> None:
-            if operation == "remove" and "global_step_1" in path:
+            if operation == "remove" and path.endswith("global_step_1"):
                 raise PermissionError("locked bucket")
 
         trouble.act = staticmethod(undeletable)
@@ -528,7 +558,7 @@ class TestRetention:
         assert store.close(60)
         assert len(warnings) == 1
         assert "could not be removed: PermissionError: locked bucket" in warnings[0]
-        assert "global_step_2" in there(TROUBLE)
+        assert there(TROUBLE) == ["global_step_2", "latest"]  # what is left of the first is no checkpoint
 
     @settings(max_examples=25, deadline=None)
     @given(st.lists(st.booleans(), min_size=1, max_size=8), st.one_of(st.none(), st.integers(1, 4)))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sft_job.config.references import adapter_warnings, check_references
-from sft_job.config.schema import CustomClsConfig, DataConfig, JobConfig, ModelConfig, TrainerConfig
+from sft_job.config.schema import JobConfig, ModelConfig, TrainerConfig
 from sft_job.contract import ExitCode
 from sft_job.errors import Problem
 
@@ -104,32 +104,6 @@ def test_adapter_settings_without_adapters():
     ]
     model.lora_rank = 8
     assert adapter_warnings(JobConfig(model=model), origin) == []
-
-
-# A data set class of the user's own
-
-
-def test_a_class_in_a_file(tmp_path: Path):
-    (tmp_path / "mine.py").touch()
-    given = CustomClsConfig(path=str(tmp_path / "mine.py"), name="Rows")
-    assert check(data=DataConfig(custom_cls=given)) == []
-
-
-@pytest.mark.parametrize(
-    ("path", "name", "subject", "said"),
-    [
-        ("mine.py", None, "data.custom_cls.name", "must be set, because data.custom_cls.path is"),
-        (None, "Rows", "data.custom_cls.path", "must be set, because data.custom_cls.name is"),
-        ("/nowhere/mine.py", "Rows", "data.custom_cls.path", "there is no such file"),
-        ("/", "Rows", "data.custom_cls.path", "there is no such file"),
-        ("nul\0", "Rows", "data.custom_cls.path", ""),
-        (__file__, "a-b", "data.custom_cls.name", "must be the name of a class"),
-    ],
-)
-def test_a_class_that_cannot_be_found(path: str | None, name: str | None, subject: str, said: str):
-    (problem,) = check(data=DataConfig(custom_cls=CustomClsConfig(path=path, name=name)))
-    assert (problem.code, problem.subject) == (ExitCode.CONFIG, subject)
-    assert said in problem.rule
 
 
 # A module to import

@@ -92,6 +92,8 @@ LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "model.exclude_modules": ([None, ["q_proj"], r".*\.0\..*"], ["", [], [1], "("]),
     "model.fsdp_config.fsdp_size": ([-1, 1], [0, -2, 2]),
     "data.chat_template": ([None, "{{ messages }}"], [""]),
+    "data.custom_cls.path": ([None, "mine.py"], [""]),  # data/custom.py looks at file and class
+    "data.custom_cls.name": ([None, "Rows"], [""]),
     "model.external_lib": ([None, "json", "json.tool"], ["", "no_such_module_here", "a b", "/x.py"]),
     "trainer.default_hdfs_dir": ([None, "/elsewhere", "hdfs://host/a", "s3://a"], ["", "s3://", "://a", "A b://c"]),
     "model.strategy": (["fsdp", "fsdp2"], ["ddp"]),
@@ -139,9 +141,7 @@ def test_every_setting_that_can_be_wrong_has_limits_here():
         "data.apply_chat_template_kwargs",
         "data.balance_dp_token",
         "data.use_shm",
-        "data.custom_cls.path",  # these have tests of their own
-        "data.custom_cls.name",
-        "model.lora_adapter_path",
+        "model.lora_adapter_path",  # has tests of its own
         "model.use_shm",
         "model.fsdp_config.cpu_offload",
         "model.fsdp_config.offload_params",

@@ -58,6 +58,17 @@ def test_of_many_row_groups_twenty_over_all_files(spec: MakeSpec, tmp_path: Path
     assert check_sample(spec(*files), 100)[0].rows_read == 100
 
 
+def test_row_groups_without_rows_take_no_place(spec: MakeSpec, tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    schema = pa.schema([("prompt", pa.string()), ("response", pa.string())])
+    with pq.ParquetWriter(file, schema) as writer:
+        for group in range(60):
+            texts = ["x"] * (group % 3 == 1)
+            writer.write_table(pa.table([texts, texts], schema=schema))
+    assert pq.read_metadata(file).num_row_groups == 60
+    assert check_sample(spec(file), 20)[0].rows_read == 20
+
+
 def test_problems_name_file_and_row_of_the_whole_data(spec: MakeSpec, tmp_path: Path) -> None:
     good = grouped(tmp_path / "good.parquet", [[("p", "r")] * 3])
     bad = grouped(tmp_path / "bad.parquet", [[("p", "r")] * 4, [("word " * 400, "r")]])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from sft_job.config.schema import JobConfig
 from sft_job.contract import RunFolder
-from sft_job.data.cache import CacheSpec
+from sft_job.data.cache import CacheSpec, open_or_build
 from sft_job.data.prepare import prepare
 from sft_job.data.shm import available_memory, clean_stale, to_shm
 from sft_job.errors import ProblemsError
@@ -84,7 +85,8 @@ def test_used_again_until_something_changes(root: Path, files: list[Path]) -> No
     assert to_shm(files, root, fail)[0].read_text() == "CONTENT of a"
 
 
-def test_what_does_not_fit_stays_where_it_is(root: Path, tmp_path: Path) -> None:
+def test_what_does_not_fit_stays_where_it_is(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "copyfile", lambda *paths: pytest.fail("it is copied"))  # it would fill the disk
     huge = tmp_path / "huge"
     huge.touch()
     os.truncate(huge, 1 << 43)  # a hole of 8 TiB
@@ -199,7 +201,9 @@ def test_data_use_shm_reads_the_copies_and_names_the_files(
     (copy,) = entries(root)
     (copy / "0" / "train.parquet").unlink()
     rows_file(copy / "0" / "train.parquet", 5, seed=1)
-    assert prepare(config, RunFolder(tmp_path / "run"), shm=root)[0].num_rows == 5  # the copy is what is read
+    read = prepare(config, RunFolder(tmp_path / "run"), shm=root)[0]
+    expected = open_or_build(spec(copy / "0" / "train.parquet"), tmp_path / "cache", 1)
+    assert [read.row(row).ids.tolist() for row in range(5)] == [expected.row(row).ids.tolist() for row in range(5)]
     config.data.max_length = 20
     with pytest.raises(ProblemsError) as raised:
         prepare(config, RunFolder(tmp_path / "run"), shm=root)
