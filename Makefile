@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu format lint types build clean
+.PHONY: help setup demo test test-gpu bench-data format lint types build clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -21,6 +21,9 @@ test: $(VENV)/.ready lint types ## Run the linters, the type checker and all tes
 
 test-gpu: ## Run the GPU tests with the python that is active
 	python3 -m pytest -m gpu tests/gpu
+
+bench-data: $(VENV)/.ready ## Measure tokenising and loading on a million rows
+	$(BIN)/python benchmarks/data_pipeline.py
 
 format: $(VENV)/.ready ## Format the code
 	$(BIN)/ruff format .

@@ -320,10 +320,11 @@ def test_a_second_place_for_checkpoints(job) -> None:
 
 
 def test_external_lib_and_shared_memory(job, tmp_path) -> None:
-    (tmp_path / "my_lib.py").write_text("import pathlib; pathlib.Path(__file__).with_suffix('.seen').touch()
-")
-    settings = ["model.external_lib=my_lib", "model.use_shm=true", "data.use_shm=true", "trainer.total_training_steps=1"]
-    assert job(*settings, PYTHONPATH=f"{tmp_path}:{Path(__file__).parents[2]}").returncode == 0
+    (tmp_path / "my_lib.py").write_text("import pathlib; pathlib.Path(__file__).with_suffix('.seen').touch()")
+    shared = ["model.use_shm=true", "data.use_shm=true", "trainer.total_training_steps=1"]
+    assert (
+        job("model.external_lib=my_lib", *shared, PYTHONPATH=f"{tmp_path}:{Path(__file__).parents[2]}").returncode == 0
+    )
     assert (tmp_path / "my_lib.seen").exists()
     missing = job("model.external_lib=nonesuch_lib")
     assert missing.returncode == 2
