@@ -228,3 +228,40 @@ def test_packs_shorter_than_the_group(tmp_path, ranks, kind) -> None:
         scale = max(gradient.abs().max().item() for gradient in reference.values())
         for name, gradient in reference.items():
             assert (gradients[name] - gradient).abs().max().item() <= 1e-12 * scale, name
+
+
+def _export(folder: Path, output: Path) -> torch.Tensor:
+    """Write the sharded model as a run does at its end; its own logits of one document."""
+    from sft_job.config.schema import JobConfig
+    from sft_job.data.batches import pack_rows
+    from sft_job.export import export_live
+
+    module, mesh = _module(folder)
+    config = JobConfig()
+    config.model.partial_pretrain = str(folder)
+    export_live(output, module.lm, config, torch.device("cpu"), write=mesh.layout.dp_rank == 0)
+    with torch.no_grad():
+        batch = pack_rows(_documents([37]), 1, 0, 0)
+        module(batch)  # gathers the root's weights
+        hidden = module.hidden(batch)[0]
+        head = module.lm.get_output_embeddings().weight
+        weight = head.full_tensor() if hasattr(head, "full_tensor") else head
+        return module._rule.apply(hidden @ weight.T)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_export_gives_the_live_models_logits(tmp_path, ranks, kind) -> None:
+    """Tied and untied, written by two ranks: the same logits in plain transformers, the same names as the base's."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    folder = save_model(tmp_path / kind, kind)
+    output = tmp_path / "out"
+    output.mkdir()
+    live = ranks(2, _export, folder, output)[0]
+    names = load_file(folder / "model.safetensors").keys()
+    assert load_file(output / "model.safetensors").keys() == names
+    plain = AutoModelForCausalLM.from_pretrained(output, attn_implementation="eager")
+    ids = torch.tensor(_documents([37])[0].ids[None].astype(np.int64))
+    with torch.no_grad():
+        assert torch.allclose(plain(ids).logits[0], live, rtol=1e-4, atol=1e-4)
