@@ -17,7 +17,7 @@ demo: $(VENV)/.ready ## Train a small model on two CPU ranks and show what it le
 	$(BIN)/sft-job demo
 
 test: $(VENV)/.ready lint types ## Run the linters, the type checker and all tests that need no GPU
-	OMP_NUM_THREADS=1 $(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 test-gpu: ## Run the GPU tests with the python that is active
 	python3 -m pytest -m gpu tests/gpu
