@@ -10,7 +10,6 @@ from hypothesis import settings
 
 from tests.ranks import run_ranks, start_server
 
-
 # No test is timed: a machine may be busy with other things.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
