@@ -69,11 +69,12 @@ def test_the_checkpoint_holds_adapters_only(alone) -> None:
     final = (alone[1] / "checkpoints" / "final").resolve()
     assert {path.name for path in (final / "adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
     assert not (final / "huggingface").exists()
-    tensors = [
-        name for name in FileSystemReader(final).read_metadata().state_dict_metadata if "param_groups" not in name
-    ]
-    assert len(tensors) == 28 * 4  # the adapters, AdamW's two moments and its step count
-    assert all(".lora_" in name for name in tensors)
+    stored = FileSystemReader(final).read_metadata().state_dict_metadata
+    tensors = [name for name, entry in stored.items() if hasattr(entry, "size")]
+    assert len([name for name in tensors if name.startswith("model.")]) == 28
+    # AdamW's two moments and its step count of each; the rest are the settings of its parameter groups.
+    assert len([name for name in tensors if name.startswith("optimizer.state.")]) == 28 * 3
+    assert all(".lora_" in name for name in tensors if not name.startswith("optimizer.param_groups"))
 
 
 def _logits(model) -> torch.Tensor:
@@ -185,8 +186,8 @@ def test_targets_that_cannot_be(tmp_path, inputs, ranks, target, shown) -> None:
     assert shown in message
 
 
-def test_bf16_base_with_fp32_adapters(inputs, tmp_path, ranks) -> None:
+def test_bf16_base_with_fp32_adapters(inputs, tmp_path, ranks, alone) -> None:
     config = config_of(inputs, tmp_path / "run", "model.fsdp_config.model_dtype=bf16", ulysses=2)
     found = ranks(2, _with_gradients, config)[0]
     assert {gradient.dtype for gradient in found.gradients[0].values()} == {torch.float32}
-    assert found.losses[-1] < found.losses[0]
+    assert found.losses == pytest.approx(alone[0].losses, rel=0.01)
