@@ -30,7 +30,7 @@ def save_tensors(
     """Write this rank's shards (a collective call). The folder exists and is not yet published."""
     tensors: dict[str, Any] = {}
     if with_model:
-        tensors["model"] = get_model_state_dict(module, options=_TRAINED)
+        tensors["model"] = _trained_state(module)
     if with_optimizer:
         tensors["optimizer"] = get_optimizer_state_dict(module, optimizer, options=_TRAINED)
     if not tensors:
@@ -41,6 +41,17 @@ def save_tensors(
         raise first_failure(error) from error
 
 
+def _trained_state(module: nn.Module) -> dict[str, Any]:
+    """The model's tensors without what is frozen.
+
+    torch leaves frozen parameters out by one name each; a tied one (the head) would stay in under its other name.
+    """
+    state = get_model_state_dict(module, options=_TRAINED)
+    variables = module.state_dict(keep_vars=True)
+    frozen = {id(p) for p in module.parameters() if not p.requires_grad}
+    return {name: tensor for name, tensor in state.items() if id(variables.get(name)) not in frozen}
+
+
 def load_tensors(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Fill model and optimizer from a checkpoint of any number of ranks (a collective call).
 
@@ -48,7 +59,7 @@ def load_tensors(folder: Path, module: nn.Module, optimizer: torch.optim.Optimiz
         JobError: the checkpoint lacks tensors or does not fit the model (exit code 74).
     """
     tensors = {
-        "model": get_model_state_dict(module, options=_TRAINED),
+        "model": _trained_state(module),
         "optimizer": get_optimizer_state_dict(module, optimizer, options=_TRAINED),
     }
     try:
