@@ -36,7 +36,7 @@ lint: $(VENV)/.ready ## Check style, imports between rooms and shell scripts
 	$(BIN)/shellcheck run_sft.sh scripts/setup .ci/run
 
 types: $(VENV)/.ready ## Check types
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean: ## Remove what was built
 	rm -rf $(VENV) demo-run build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
