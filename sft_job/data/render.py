@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft_job.contract import ExitCode
+from sft_job.data.chat import ChatTemplate, TemplateFailure
 from sft_job.data.tokenizer import load_tokenizer, renderer_fingerprint
 from sft_job.errors import Problem, ProblemsError
 
@@ -45,10 +46,6 @@ _RESERVED = frozenset(
         "tokenizer_kwargs",
     }
 )
-
-
-class TemplateFailure(Exception):
-    """The chat template failed; the text says with what."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +93,7 @@ class PromptResponseRenderer:
     """Renders prompt/response rows.
 
     Attributes:
+        template: the chat template in force.
         end_of_turn_id: the token that ends a response, trained with it.
         notes: what was found out about template and tokenizer, for the log and the data report.
     """
@@ -126,7 +124,8 @@ class PromptResponseRenderer:
             self._backend.no_padding()
             _remember_words(self._backend)
         self._chat_template = chat_template
-        self.has_template = bool(chat_template or self._tokenizer.chat_template)
+        self.template = ChatTemplate(tokenizer, chat_template, self._template_kwargs)
+        self.has_template = self.template.exists
         self.notes: list[str] = []
         self._check_kwargs()
         if self.has_template:
@@ -155,25 +154,10 @@ class PromptResponseRenderer:
         """
         if self.has_template:
             conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
-            return self._encode(self._rendering(conversations, generation_prompt=True), special_tokens=False)
+            return self._encode(self.template.render(conversations, generation_prompt=True), special_tokens=False)
         encoded = self._encode(prompts, special_tokens=True)
         # The tokenizer takes the prompt for a whole document; its end comes after the response instead.
         return [ids[:-1] for ids in encoded] if self._strips_eos else encoded
-
-    def _rendering(self, conversations: list[list[dict[str, str]]], generation_prompt: bool) -> list[str]:
-        if not conversations:
-            return []
-        try:
-            return self._tokenizer.apply_chat_template(
-                conversations,
-                chat_template=self._chat_template,
-                add_generation_prompt=generation_prompt,
-                tokenize=False,
-                **self._template_kwargs,
-            )
-        except Exception as error:  # a template is a program of its own: it may fail with anything
-            text = " ".join(str(error).split())[:300]
-            raise TemplateFailure(f"{type(error).__name__}: {text}") from error
 
     def _encode(self, texts: Sequence[str], special_tokens: bool) -> list[list[int]]:
         if not texts:
@@ -198,7 +182,7 @@ class PromptResponseRenderer:
 
     def _check_template(self) -> None:
         try:
-            self._rendering([[{"role": "user", "content": _PROBE}]], generation_prompt=True)
+            self.template.render([[{"role": "user", "content": _PROBE}]], generation_prompt=True)
         except TemplateFailure as failure:
             whose = _TEMPLATE_OPTION if self._chat_template else f"{_TEMPLATE_OPTION} (the tokenizer's own)"
             rule = f"fails on a conversation of one user message: {failure}"
@@ -226,7 +210,7 @@ class PromptResponseRenderer:
         """The first special or added token behind an assistant's content in a rendering made for this."""
         conversation = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _SENTINEL}]
         try:
-            text = self._rendering([conversation], generation_prompt=False)[0]
+            text = self.template.render([conversation])[0]
         except TemplateFailure as failure:
             self.notes.append(f"the chat template fails on an assistant's turn: {failure}")
             return None
