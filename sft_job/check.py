@@ -18,6 +18,7 @@ from sft_job.config.topology import count_gpus
 from sft_job.contract import ExitCode
 from sft_job.data.sample import check_sample
 from sft_job.data.spec import CacheSpec, cache_spec
+from sft_job.data.tokenise import control_tokens_note
 from sft_job.errors import JobError, Problem, ProblemsError, problems_text, worst_code
 from sft_job.model.supported import check_architecture
 from sft_job.supervisor import input_problems
@@ -105,6 +106,8 @@ def _check_split(config: JobConfig, split: str, table: Table, full: bool) -> lis
         f"{len(spec.files):,} files; of {counts.rows_read:,} rows looked at: longest {counts.longest_row:,} tokens, "
         f"{counts.rows_truncated:,} truncated, {counts.rows_without_target:,} without a token to train on",
     )
+    if note := control_tokens_note(counts):
+        table.add_row("", note)
     if split == "train":
         for note in notes:
             table.add_row("template", note)

@@ -137,6 +137,7 @@ def _write_companions(folder: Path, lm: PreTrainedModel, dtype: torch.dtype, con
         tokenizer,
         chat_template=template_text(config.data.chat_template),
         template_kwargs=config.data.apply_chat_template_kwargs,
+        allow_control_tokens=config.data.allow_control_tokens,
     )
     write_companions(folder, lm.config, dtype, type(lm).__name__, base, tokenizer, renderer.end_of_turn_id)
 

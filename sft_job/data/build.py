@@ -17,7 +17,7 @@ from sft_job.data.faults import FaultLog
 from sft_job.data.files import FileFooter, footer_problems, read_footers
 from sft_job.data.pieces import Piece, numbered_pieces, read_pieces
 from sft_job.data.spec import CacheSpec
-from sft_job.data.tokenise import FileCounts, Part, PieceResult, PieceTokeniser
+from sft_job.data.tokenise import FileCounts, Part, PieceResult, PieceTokeniser, control_tokens_note
 from sft_job.data.workers import tokenise_here, tokenise_in_processes
 from sft_job.errors import Problem, ProblemsError, raise_problems
 
@@ -149,6 +149,8 @@ def _report(spec: CacheSpec, outcome: _Outcome, notes: list[str]) -> dict[str, A
     warnings = [
         f"{file} is listed more than once in {spec.files_option}: its rows count each time" for file in repeated
     ]
+    if note := control_tokens_note(total):
+        warnings.append(f"{spec.files_option}: {note}")
     aside = total.rows_without_target
     if aside > _MANY_SET_ASIDE * total.rows_read:
         share = 100 * aside / total.rows_read

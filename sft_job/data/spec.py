@@ -40,6 +40,7 @@ class CacheSpec:
         chat_template: text of a template that takes the place of the tokenizer's; None = the tokenizer's.
         template_kwargs: extra variables for the template.
         trust_remote_code: run Python code that the tokenizer's folder brings.
+        allow_control_tokens: control tokens in a row's text act as control tokens.
         custom: the user's class that reads the files and makes tokens of them; None = the job's own way.
         copies: copies of the files, in the same order, which are read in their place; messages name the files.
     """
@@ -55,6 +56,7 @@ class CacheSpec:
     chat_template: str | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     trust_remote_code: bool = False
+    allow_control_tokens: bool = False
     custom: CustomClass | None = None
     copies: tuple[Path, ...] = ()
 
@@ -96,6 +98,7 @@ class CacheSpec:
             "max_samples": max(self.max_samples, -1),
             "max_length": self.max_length,
             "truncation": self.truncation,
+            "allow_control_tokens": self.allow_control_tokens,
             "renderer": renderer_fingerprint(
                 self.tokenizer, self.chat_template, self.template_kwargs, self.trust_remote_code
             ),
@@ -165,5 +168,6 @@ def cache_spec(config: JobConfig, split: Split) -> CacheSpec | None:
         chat_template=template,
         template_kwargs=plain(data.apply_chat_template_kwargs) or {},
         trust_remote_code=config.model.trust_remote_code,
+        allow_control_tokens=data.allow_control_tokens,
         custom=custom,
     )

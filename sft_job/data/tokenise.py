@@ -46,6 +46,9 @@ class FileCounts:
     trained_tokens: int = 0
     longest_row: int = 0
     largest_id: int = 0
+    rows_with_control_tokens: int = 0
+    control_token: str = ""
+    """The first one that stands in a row's text and was encoded as plain text."""
 
     def add(self, other: FileCounts) -> None:
         """Add the counts of more rows of the same file."""
@@ -57,6 +60,8 @@ class FileCounts:
         self.trained_tokens += other.trained_tokens
         self.longest_row = max(self.longest_row, other.longest_row)
         self.largest_id = max(self.largest_id, other.largest_id)
+        self.rows_with_control_tokens += other.rows_with_control_tokens
+        self.control_token = self.control_token or other.control_token
 
 
 class Part(NamedTuple):
@@ -141,7 +146,10 @@ class PieceTokeniser:
             self.notes = [f"rows come from {spec.custom.name} in {spec.custom.path}"]
             return
         self._renderer = PromptResponseRenderer(
-            tokenizer, chat_template=spec.chat_template, template_kwargs=spec.template_kwargs
+            tokenizer,
+            chat_template=spec.chat_template,
+            template_kwargs=spec.template_kwargs,
+            allow_control_tokens=spec.allow_control_tokens,
         )
         self.notes = self._renderer.notes
 
@@ -210,6 +218,9 @@ class PieceTokeniser:
     ) -> None:
         length, limit = len(row.ids), self._spec.max_length
         counts.longest_row = max(counts.longest_row, length)
+        if row.control_tokens:
+            counts.rows_with_control_tokens += 1
+            counts.control_token = counts.control_token or row.control_tokens[0]
         if length > limit:
             if self._spec.truncation == "error":
                 faults.add(Fault.OVERLONG, file, f"row {number}", f"{length:,} tokens")
@@ -235,6 +246,17 @@ class PieceTokeniser:
             stream.flush()
             os.fsync(stream.fileno())
             return Part(path.name, stream.tell(), len(columns.ids))
+
+
+def control_tokens_note(counts: FileCounts) -> str | None:
+    """What a user should know of control tokens in the rows' texts; None where there are none."""
+    if not counts.rows_with_control_tokens:
+        return None
+    rows = "1 row holds" if counts.rows_with_control_tokens == 1 else f"{counts.rows_with_control_tokens:,} rows hold"
+    return (
+        f"{rows} control tokens such as {counts.control_token} as text; they are read as plain text "
+        "(data.allow_control_tokens=true gives them their meaning)"
+    )
 
 
 def _chunks(texts: list[tuple[int, str, str]]) -> Iterator[list[tuple[int, str, str]]]:
