@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from sft_job.config.schema import JobConfig
 from sft_job.contract import ExitCode
-from sft_job.data.columns import Column, plain, text_columns, type_fault
+from sft_job.data.columns import Column, message_columns, plain, text_columns, type_fault
 from sft_job.data.custom import custom_class
 from sft_job.errors import Problem, ProblemsError
 
@@ -187,7 +187,7 @@ def check_files(files: Sequence[Path], columns: Sequence[Column], key: str) -> l
 
     Args:
         files: as ``resolve_files`` found them.
-        columns: columns that every file must hold as text.
+        columns: columns that every file must hold, but for optional ones.
         key: the option that names the files.
     """
     return footer_problems(files, read_footers(files, columns, key), key)
@@ -258,6 +258,8 @@ def _schema_faults(schema: pa.Schema, columns: Sequence[Column], key: str) -> li
     faults: list[FileFault] = []
     for column in columns:
         indices = schema.get_all_field_indices(column.name)
+        if not indices and column.optional:
+            continue
         if not indices:
             rule = f"no column {column.name!r}; found {_listing(schema.names, 20)}"
             faults.append(FileFault(column.option, rule, _did_you_mean_name(column.name, schema.names)))
@@ -294,6 +296,7 @@ def check_data(config: JobConfig) -> list[Problem]:
     With a data set class of the user's own, the paths and the class's file: what is in the files is the class's matter.
     """
     prompt, response = text_columns(config.data)
+    columns = message_columns(config.data) or (*prompt, *response)
     problems: list[Problem] = []
     by_class = True
     try:
@@ -306,5 +309,5 @@ def check_data(config: JobConfig) -> list[Problem]:
         files, not_found = resolve_files(value, key)
         problems += not_found
         if not by_class:
-            problems += check_files(files, [*prompt, *response], key)
+            problems += check_files(files, columns, key)
     return problems

@@ -111,9 +111,9 @@ def numbered_segment(first: int, count: int) -> Segment:
 def _read_file(
     file: Path, index: int, columns: Sequence[Column], batch_rows: int, max_rows: int, faults: FaultLog
 ) -> Iterator[Segment]:
-    names = list(dict.fromkeys(column.name for column in columns))
     try:
         with pq.ParquetFile(file, buffer_size=_READ_BUFFER, page_checksum_verification=True) as parquet:
+            names = names_in(parquet.schema_arrow, columns)
             first_row = 0
             for group in range(parquet.metadata.num_row_groups):
                 row = first_row
@@ -128,6 +128,12 @@ def _read_file(
                 first_row += parquet.metadata.row_group(group).num_rows
     except (OSError, pa.ArrowException) as error:
         faults.add(Fault.DAMAGED, index, "footer", _one_line(error))
+
+
+def names_in(schema: pa.Schema, columns: Sequence[Column]) -> list[str]:
+    """Names of the columns, each once, without optional ones that the file does not hold."""
+    found = (column.name for column in columns if not column.optional or column.name in schema.names)
+    return list(dict.fromkeys(found))
 
 
 def batch_stream(batch: pa.RecordBatch) -> bytes:

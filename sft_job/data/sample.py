@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from sft_job.data.faults import FaultLog
-from sft_job.data.pieces import Piece, Segment, batch_stream, numbered_segment
+from sft_job.data.pieces import Piece, Segment, batch_stream, names_in, numbered_segment
 from sft_job.data.spec import CacheSpec
 from sft_job.data.tokenise import FileCounts, PieceTokeniser
 from sft_job.errors import Problem
@@ -48,10 +48,10 @@ def check_sample(spec: CacheSpec, rows: int) -> tuple[FileCounts, list[str], lis
 def _segments(spec: CacheSpec, rows: int) -> Iterator[Segment]:
     groups = [place for index, file in enumerate(spec.files) for place in _row_groups(index, file)]
     spots = _spread(groups, _SPOTS)
-    names = list(dict.fromkeys(column.name for column in spec.columns))
     each = -(-rows // max(1, len(spots)))
     for index, group, first_row in spots:
         with pq.ParquetFile(spec.files[index], page_checksum_verification=True) as parquet:
+            names = names_in(parquet.schema_arrow, spec.columns)
             batch = next(parquet.iter_batches(each, row_groups=[group], columns=names), None)
         if batch is not None and batch.num_rows:
             yield Segment(index, first_row, batch_stream(batch))

@@ -59,7 +59,7 @@ def test_generation_ranges_are_characters(save_tokenizer: Save) -> None:
 def test_failures_have_the_templates_words(save_tokenizer: Save) -> None:
     subject = template(save_tokenizer("{{ raise_exception('roles must\nalternate') }}", bos_token="<bos>"))
     for render in (subject.render, subject.render_with_generation):
-        with pytest.raises(TemplateFailure, match="^TemplateError: roles must alternate$"):
+        with pytest.raises(TemplateFailure, match=r"^TemplateError: roles must alternate$"):
             render([TURN])
     several = template(save_tokenizer({"rag": "x"}, name="several", bos_token="<bos>"))
     assert (several.exists, several.text) == (True, "")
