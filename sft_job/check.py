@@ -18,6 +18,7 @@ from sft_job.config.topology import count_gpus
 from sft_job.contract import ExitCode
 from sft_job.data.sample import check_sample
 from sft_job.data.spec import CacheSpec, cache_spec
+from sft_job.data.template_check import TemplateReport, check_template
 from sft_job.data.tokenise import control_tokens_note
 from sft_job.errors import JobError, Problem, ProblemsError, problems_text, worst_code
 from sft_job.model.supported import check_architecture
@@ -58,12 +59,15 @@ def check_job(
     if not problems:
         problems += _check_start(loaded.config)
         table.add_row("layout", _layout_text(resolution))
+        problems += _check_template(loaded.config, table)
         for split in ("train", "val"):
             problems += _check_split(loaded.config, split, table, full)
         problems += _check_disk(resolution, table)
         console.print(table)
     for line in resolution.warnings:
         console.print(f"warning: {line}", markup=False, highlight=False)
+    # A template that cannot be used is met again in each split.
+    problems = [problem for place, problem in enumerate(problems) if problem not in problems[:place]]
     if problems:
         sys.stderr.write(problems_text(problems) + "\n")
         return worst_code(problems)
@@ -90,6 +94,19 @@ def _check_start(config: JobConfig) -> list[Problem]:
     return []
 
 
+def _check_template(config: JobConfig, table: Table) -> list[Problem]:
+    try:
+        spec = cache_spec(config, "train")
+        report = check_template(spec) if spec else TemplateReport()
+    except ProblemsError:  # told of with the rows
+        return []
+    if report.text():
+        table.add_row("template", report.text())
+    for line in report.warnings:
+        table.add_row("", f"warning: {line}")
+    return report.problems
+
+
 def _check_split(config: JobConfig, split: str, table: Table, full: bool) -> list[Problem]:
     try:
         spec = cache_spec(config, split)  # type: ignore[arg-type]
@@ -109,8 +126,8 @@ def _check_split(config: JobConfig, split: str, table: Table, full: bool) -> lis
     if note := control_tokens_note(counts):
         table.add_row("", note)
     if split == "train":
-        for note in notes:
-            table.add_row("template", note)
+        for note in notes if spec.custom else ():
+            table.add_row("rows", note)
         if counts.rows_read and not counts.rows_usable and not problems:
             problems.append(_nothing_usable(spec, counts.rows_read))
     return problems

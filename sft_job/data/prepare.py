@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import uuid
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from sft_job.data.cache import CacheSpec, TokenCache, cache_spec, open_or_build
 from sft_job.data.files import check_files
 from sft_job.data.shm import SHM, Warn, to_shm
 from sft_job.data.spec import Split
+from sft_job.data.template_check import check_template
 from sft_job.data.workers import available_cores
 from sft_job.errors import Problem, ProblemsError, raise_problems
 
@@ -21,7 +23,7 @@ from sft_job.errors import Problem, ProblemsError, raise_problems
 def prepare(
     config: JobConfig, run: RunFolder, progress: Progress | None = None, warn: Warn | None = None, shm: Path = SHM
 ) -> tuple[TokenCache, TokenCache | None]:
-    """Open or build the caches of the training and the validation rows.
+    """Test the chat template, then open or build the caches of the training and the validation rows.
 
     Args:
         config: the run's settings.
@@ -50,6 +52,15 @@ def prepare(
             problems += error.problems
         else:
             specs += [spec] if spec else []
+    if specs:
+        try:
+            template = check_template(specs[0])
+        except ProblemsError as error:
+            problems += error.problems
+        else:
+            problems += template.problems
+            for line in template.warnings:
+                (warn or logging.getLogger("sft_job").warning)(line)
     for spec in specs:
         try:
             if problems:  # the run ends anyway: only what is quick to find out
