@@ -13,6 +13,7 @@ import pyarrow as pa
 from omegaconf import OmegaConf
 
 from sft_job.config.schema import DataConfig
+from sft_job.data.faults import Fault
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Unreadable:
     """Why a cell gives no text."""
 
     reason: str
+    fault: Fault = Fault.NO_TEXT
 
 
 Cell = str | Unreadable
@@ -163,7 +165,7 @@ def _python_value(scalar: pa.Scalar) -> Any:
     try:
         return scalar.as_py()
     except UnicodeDecodeError as error:
-        return Unreadable(f"not valid UTF-8 at byte {error.start}")
+        return Unreadable(f"not valid UTF-8 at byte {error.start}", Fault.UNDECODABLE)
 
 
 def _text(value: Any, column: Column) -> Cell:

@@ -22,6 +22,7 @@ from sft_job.config.schema import JobConfig
 from sft_job.contract import ExitCode
 from sft_job.data.columns import Column, plain, text_columns, type_fault
 from sft_job.data.custom import custom_class
+from sft_job.data.integrity import UNREADABLE, footer_fault
 from sft_job.errors import Problem, ProblemsError
 
 _MAGIC = b"PAR1"
@@ -224,10 +225,12 @@ def _read_footer(file: Path, columns: Sequence[Column], key: str) -> FileFooter:
             return FileFooter(faults=(fault,))
         with pq.ParquetFile(file) as parquet:
             schema, metadata = parquet.schema_arrow, parquet.metadata
-    except (OSError, pa.ArrowException) as error:
+        if rule := footer_fault(metadata, file.stat().st_size):
+            return FileFooter(faults=(FileFault(key, f"is damaged: {rule}", "copy it again"),))
+        faults = _schema_faults(schema, columns, key)
+        return FileFooter(metadata.num_rows, _text_bytes(metadata, columns), tuple(faults))
+    except UNREADABLE as error:
         return FileFooter(faults=(FileFault(key, f"cannot be read as parquet: {_first_line(error)}"),))
-    faults = _schema_faults(schema, columns, key)
-    return FileFooter(metadata.num_rows, _text_bytes(metadata, columns), tuple(faults))
 
 
 def _not_parquet(file: Path, key: str) -> FileFault | None:
