@@ -20,7 +20,7 @@ from sft_job.data.counts import FileCounts
 from sft_job.data.duplicates import later_duplicates
 from sft_job.data.faults import FaultLog
 from sft_job.data.files import FileFooter, footer_problems, read_footers
-from sft_job.data.integrity import has_checksums
+from sft_job.data.footer import has_checksums
 from sft_job.data.pieces import Piece, numbered_pieces, read_pieces
 from sft_job.data.rejected import CACHED, TableWriter
 from sft_job.data.spec import CacheSpec

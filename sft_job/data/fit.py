@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from sft_job.data.render import Rendered, truncate
 
 # They say how the conversation is meant, whichever of its turns are left.
 _KEPT_ROLES = frozenset({"system", "developer"})
+_ALWAYS_TOKENISED = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,18 @@ def _without_oldest(limit: int, turns: Turns) -> Rendered | None:
     counts = range(1, turns.count)
     place = bisect_left(counts, True, key=fits)
     return rendered[counts[place]] if place < len(counts) else None
+
+
+def most_characters(vocabulary: Iterable[str], limit: int, how: str) -> int | None:
+    """The longest text that is worth tokenising; None = any, because a part of it is trained on.
+
+    Tokenising takes a hundred times the memory of its text, which one absurd cell could exhaust. No text is shorter in
+    tokens than its length over that of the longest token, unless the tokenizer drops characters: below a million of
+    them it is left to count by itself.
+    """
+    if how in ("left", "right"):
+        return None
+    return max(limit * max(map(len, vocabulary)), _ALWAYS_TOKENISED)
 
 
 def count_turns(messages: Sequence[Mapping[str, Any]]) -> int:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from sft_job.data.columns import Column
 from sft_job.data.files import FileFooter
-from sft_job.data.integrity import UNREADABLE, one_line
+from sft_job.data.footer import UNREADABLE, one_line
 
 _MIB = 1 << 20
 # Compressed bytes of a column that are held at once; without it pyarrow reads a row group's whole column first.

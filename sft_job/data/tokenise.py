@@ -17,7 +17,7 @@ from sft_job.data.columns import Cell, Unreadable, read_texts
 from sft_job.data.counts import FileCounts
 from sft_job.data.custom_rows import CustomRows, MalformedRowError
 from sft_job.data.faults import Fault, FaultLog, RowFault
-from sft_job.data.fit import Turns, fit
+from sft_job.data.fit import Turns, fit, most_characters
 from sft_job.data.pieces import Piece, Segment
 from sft_job.data.rejected import LeftOut
 from sft_job.data.render import PromptResponseRenderer, Rendered, TemplateFailure, load_tokenizer
@@ -140,6 +140,7 @@ class PieceTokeniser:
         """
         self._spec = spec
         self._folder = folder
+        self._too_long = Fault.OVERLONG if spec.truncation == "error" else Fault.DROPPED
         tokenizer = load_tokenizer(spec.tokenizer, spec.trust_remote_code)
         self.custom: CustomRows | None = None
         if spec.custom:
@@ -152,6 +153,7 @@ class PieceTokeniser:
             tokenizer, chat_template=spec.chat_template, template_kwargs=spec.template_kwargs
         )
         self.notes = self._renderer.notes
+        self._most_characters = most_characters(tokenizer.get_vocab(), spec.max_length, spec.truncation)
 
     def run(self, piece: Piece) -> PieceResult:
         """Tokenise a piece and write its part.
@@ -207,6 +209,9 @@ class PieceTokeniser:
                 faults.add(unreadable[0].fault, file, first_row + number, reasons)
             elif not (prompt or response):
                 faults.add(Fault.EMPTY, file, first_row + number, "prompt and response are empty")
+            elif self._most_characters is not None and len(prompt) + len(response) > self._most_characters:
+                reason = f"{len(prompt) + len(response):,} characters, more than any {self._spec.max_length:,} tokens"
+                faults.add(self._too_long, file, first_row + number, reason)
             else:
                 texts.append((number, prompt, response))
         for chunk in _chunks(texts):
@@ -239,8 +244,7 @@ class PieceTokeniser:
                 faults.add(error.fault, segment.file, number, f"without its oldest turns: {error}")
                 return
             if shorter is None:
-                fault = Fault.OVERLONG if how == "error" else Fault.DROPPED
-                faults.add(fault, segment.file, number, f"{length:,} tokens")
+                faults.add(self._too_long, segment.file, number, f"{length:,} tokens")
                 return
             row = shorter
             counts.rows_truncated += 1
