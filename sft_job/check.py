@@ -16,16 +16,15 @@ from sft_job.config.resolve import Resolution, resolve
 from sft_job.config.schema import JobConfig
 from sft_job.config.topology import count_gpus
 from sft_job.contract import ExitCode
-from sft_job.data.sample import check_sample
-from sft_job.data.spec import CacheSpec, cache_spec
+from sft_job.data.counts import control_tokens_note
+from sft_job.data.sample import check_all, check_sample
+from sft_job.data.spec import cache_spec
 from sft_job.data.template_check import TemplateReport, check_template
-from sft_job.data.tokenise import control_tokens_note
 from sft_job.errors import JobError, Problem, ProblemsError, problems_text, worst_code
 from sft_job.model.supported import check_architecture
 from sft_job.supervisor import input_problems
 
 SAMPLE_ROWS = 1000
-ALL_ROWS = sys.maxsize
 _BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 _STATES = 3
 """Weights and AdamW's two moments, in the same dtype."""
@@ -113,29 +112,27 @@ def _check_split(config: JobConfig, split: str, table: Table, full: bool) -> lis
         if spec is None:
             table.add_row(split, "none")
             return []
-        counts, notes, problems = check_sample(spec, ALL_ROWS if full else SAMPLE_ROWS)
+        allowed = config.data.max_rejected_fraction
+        looked = check_all(spec, allowed, config.data.num_workers) if full else check_sample(spec, SAMPLE_ROWS, allowed)
     except ProblemsError as error:
         return list(error.problems)
     except JobError as error:
         return [Problem(error.code, split, str(error))]
+    counts = looked.counts
     table.add_row(
         split,
         f"{len(spec.files):,} files; of {counts.rows_read:,} rows looked at: longest {counts.longest_row:,} tokens, "
-        f"{counts.rows_truncated:,} truncated, {counts.rows_without_target:,} without a token to train on",
+        f"{counts.rows_truncated:,} truncated, {counts.rows_without_target:,} without a token to train on, "
+        f"{counts.rows_dropped:,} dropped, {counts.rows_rejected:,} rejected",
     )
     if note := control_tokens_note(counts):
         table.add_row("", note)
+    if looked.warning:
+        table.add_row("warning", looked.warning)
     if split == "train":
-        for note in notes if spec.custom else ():
+        for note in looked.notes if spec.custom else ():
             table.add_row("rows", note)
-        if counts.rows_read and not counts.rows_usable and not problems:
-            problems.append(_nothing_usable(spec, counts.rows_read))
-    return problems
-
-
-def _nothing_usable(spec: CacheSpec, rows: int) -> Problem:
-    rule = f"none of {rows:,} rows looked at has a token to train on within data.max_length = {spec.max_length:,}"
-    return Problem(ExitCode.DATA, spec.files_option, rule, "raise data.max_length, or set data.truncation=left")
+    return looked.problems
 
 
 def _check_disk(resolution: Resolution, table: Table) -> list[Problem]:

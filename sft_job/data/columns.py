@@ -13,6 +13,7 @@ import pyarrow as pa
 from omegaconf import OmegaConf
 
 from sft_job.config.schema import DataConfig, MultiturnConfig
+from sft_job.data.faults import Fault
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Unreadable:
     """Why a cell gives no text."""
 
     reason: str
+    fault: Fault = Fault.NO_TEXT
 
 
 Cell = str | Unreadable
@@ -209,7 +211,7 @@ def _python_value(scalar: pa.Scalar) -> Any:
     try:
         return scalar.as_py()
     except UnicodeDecodeError as error:
-        return Unreadable(f"not valid UTF-8 at byte {error.start}")
+        return Unreadable(f"not valid UTF-8 at byte {error.start}", Fault.UNDECODABLE)
 
 
 def _text(value: Any, column: Column) -> Cell:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from sft_job.config.schema import JobConfig
 from sft_job.contract import ExitCode
-from sft_job.data.columns import Column, plain, text_columns
+from sft_job.data.columns import Column, message_columns, plain, text_columns
 from sft_job.data.custom import CustomClass, custom_class
 from sft_job.data.files import resolve_files
 from sft_job.data.render import fingerprint as renderer_fingerprint
@@ -33,6 +33,8 @@ class CacheSpec:
         files: parquet files, in the order of their rows.
         prompt: columns of the prompt.
         response: columns of the response.
+        messages: columns of messages, tools and thinking, which are read instead; empty = prompts and responses.
+        train_on: the assistant's turns that are trained: ``all`` or ``last``.
         tokenizer: folder of the tokenizer.
         max_length: longest row in tokens.
         truncation: ``error``, ``left`` or ``right``.
@@ -57,6 +59,8 @@ class CacheSpec:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     trust_remote_code: bool = False
     allow_control_tokens: bool = False
+    messages: tuple[Column, ...] = ()
+    train_on: str = "all"
     custom: CustomClass | None = None
     copies: tuple[Path, ...] = ()
 
@@ -80,7 +84,7 @@ class CacheSpec:
         """All columns of text that are read; a class of the user's own reads what it likes."""
         if self.custom:
             return ()
-        return (*self.prompt, *self.response)
+        return self.messages or (*self.prompt, *self.response)
 
     def fingerprint(self) -> str:
         """SHA-256 over the files' contents (not their paths or times), the tokenizer, the template and the options.
@@ -103,6 +107,9 @@ class CacheSpec:
                 self.tokenizer, self.chat_template, self.template_kwargs, self.trust_remote_code
             ),
         }
+        if self.messages:
+            parts["messages"] = [asdict(column) for column in self.messages]
+            parts["train_on"] = self.train_on
         if self.custom:
             parts["custom"] = self.custom.fingerprint()
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -169,5 +176,7 @@ def cache_spec(config: JobConfig, split: Split) -> CacheSpec | None:
         template_kwargs=plain(data.apply_chat_template_kwargs) or {},
         trust_remote_code=config.model.trust_remote_code,
         allow_control_tokens=data.allow_control_tokens,
+        messages=() if custom else message_columns(data),
+        train_on=data.multiturn.train_on,
         custom=custom,
     )
