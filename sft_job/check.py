@@ -16,14 +16,15 @@ from sft_job.config.resolve import Resolution, resolve
 from sft_job.config.schema import JobConfig
 from sft_job.config.topology import count_gpus
 from sft_job.contract import ExitCode
-from sft_job.data.sample import check_sample
-from sft_job.data.spec import CacheSpec, cache_spec
+from sft_job.data.counts import control_tokens_note
+from sft_job.data.sample import check_all, check_sample
+from sft_job.data.spec import cache_spec
+from sft_job.data.template_check import TemplateReport, check_template
 from sft_job.errors import JobError, Problem, ProblemsError, problems_text, worst_code
 from sft_job.model.supported import check_architecture
 from sft_job.supervisor import input_problems
 
 SAMPLE_ROWS = 1000
-ALL_ROWS = sys.maxsize
 _BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 _STATES = 3
 """Weights and AdamW's two moments, in the same dtype."""
@@ -57,12 +58,15 @@ def check_job(
     if not problems:
         problems += _check_start(loaded.config)
         table.add_row("layout", _layout_text(resolution))
+        problems += _check_template(loaded.config, table)
         for split in ("train", "val"):
             problems += _check_split(loaded.config, split, table, full)
         problems += _check_disk(resolution, table)
         console.print(table)
     for line in resolution.warnings:
         console.print(f"warning: {line}", markup=False, highlight=False)
+    # A template that cannot be used is met again in each split.
+    problems = [problem for place, problem in enumerate(problems) if problem not in problems[:place]]
     if problems:
         sys.stderr.write(problems_text(problems) + "\n")
         return worst_code(problems)
@@ -89,33 +93,46 @@ def _check_start(config: JobConfig) -> list[Problem]:
     return []
 
 
+def _check_template(config: JobConfig, table: Table) -> list[Problem]:
+    try:
+        spec = cache_spec(config, "train")
+        report = check_template(spec) if spec else TemplateReport()
+    except ProblemsError:  # told of with the rows
+        return []
+    if report.text():
+        table.add_row("template", report.text())
+    for line in report.warnings:
+        table.add_row("", f"warning: {line}")
+    return report.problems
+
+
 def _check_split(config: JobConfig, split: str, table: Table, full: bool) -> list[Problem]:
     try:
         spec = cache_spec(config, split)  # type: ignore[arg-type]
         if spec is None:
             table.add_row(split, "none")
             return []
-        counts, notes, problems = check_sample(spec, ALL_ROWS if full else SAMPLE_ROWS)
+        allowed = config.data.max_rejected_fraction
+        looked = check_all(spec, allowed, config.data.num_workers) if full else check_sample(spec, SAMPLE_ROWS, allowed)
     except ProblemsError as error:
         return list(error.problems)
     except JobError as error:
         return [Problem(error.code, split, str(error))]
+    counts = looked.counts
     table.add_row(
         split,
         f"{len(spec.files):,} files; of {counts.rows_read:,} rows looked at: longest {counts.longest_row:,} tokens, "
-        f"{counts.rows_truncated:,} truncated, {counts.rows_without_target:,} without a token to train on",
+        f"{counts.rows_truncated:,} truncated, {counts.rows_without_target:,} without a token to train on, "
+        f"{counts.rows_dropped:,} dropped, {counts.rows_rejected:,} rejected",
     )
+    if note := control_tokens_note(counts):
+        table.add_row("", note)
+    if looked.warning:
+        table.add_row("warning", looked.warning)
     if split == "train":
-        for note in notes:
-            table.add_row("template", note)
-        if counts.rows_read and not counts.rows_usable and not problems:
-            problems.append(_nothing_usable(spec, counts.rows_read))
-    return problems
-
-
-def _nothing_usable(spec: CacheSpec, rows: int) -> Problem:
-    rule = f"none of {rows:,} rows looked at has a token to train on within data.max_length = {spec.max_length:,}"
-    return Problem(ExitCode.DATA, spec.files_option, rule, "raise data.max_length, or set data.truncation=left")
+        for note in looked.notes if spec.custom else ():
+            table.add_row("rows", note)
+    return looked.problems
 
 
 def _check_disk(resolution: Resolution, table: Table) -> list[Problem]:

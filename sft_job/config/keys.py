@@ -13,17 +13,15 @@ from sft_job.config.verl import ALIASES, FOREIGN, VERL_DEFAULTS
 
 @dataclass(frozen=True)
 class KeyEffect:
-    """What a key does: exactly one of the three is set.
+    """What a key does: exactly one of the two is set.
 
     Attributes:
         effect: what the job does with it.
         ignored: why the job accepts it and does nothing with it.
-        refused: what it will do; this version refuses any value but the default.
     """
 
     effect: str = ""
     ignored: str = ""
-    refused: str = ""
 
 
 FRAGMENTS: Mapping[str, str] = MappingProxyType(
@@ -50,11 +48,16 @@ _DOES: Mapping[str, str] = {
     "data.response_key": "column of the response; several are joined by a line break",
     "data.prompt_dict_keys": "path into a prompt column that holds structs",
     "data.response_dict_keys": "path into a response column that holds structs",
+    "data.multiturn.enable": "trains on a column of messages instead of prompt and response columns",
     "data.multiturn.messages_key": "column of messages, with multiturn.enable",
     "data.multiturn.tools_key": "column of tools, with multiturn.enable",
     "data.multiturn.enable_thinking_key": "column that switches thinking row by row, with multiturn.enable",
+    "data.multiturn.train_on": "assistant turns that are trained: all, or only the last one of a conversation",
     "data.max_length": "longest row in tokens; nothing is padded to it",
-    "data.truncation": "what happens to a longer row: error (exit 65), left (its start is cut), right (its end is cut)",
+    "data.truncation": "what happens to a longer row: error (exit 65), left (its start is cut), right (its end is "
+    "cut), drop (it is left out), turn (its oldest turns are left out)",
+    "data.max_rejected_fraction": "share of unusable rows above which the run is refused (exit 65)",
+    "data.allow_control_tokens": "control tokens in a row's text act as control tokens; false = they are plain text",
     "data.apply_chat_template_kwargs": "extra variables for the chat template",
     "data.chat_template": "chat template to use instead of the tokenizer's: its text, or a file",
     "data.custom_cls.path": "Python file with a data set class of the user's own, which makes the rows",
@@ -122,19 +125,14 @@ _IGNORED: Mapping[str, str] = {
     "trainer.n_gpus_per_node": "the launcher decides (NPROC_PER_NODE); a difference is a warning",
 }
 
-_REFUSED: Mapping[str, str] = {
-    "data.multiturn.enable": "trains on a column of messages",
-}
-
 
 def _all_keys() -> dict[str, KeyEffect]:
     keys = {key: KeyEffect(effect=text) for key, text in _DOES.items()}
-    keys |= {key: KeyEffect(ignored=text) for key, text in _IGNORED.items()}
-    return keys | {key: KeyEffect(refused=text) for key, text in _REFUSED.items()}
+    return keys | {key: KeyEffect(ignored=text) for key, text in _IGNORED.items()}
 
 
 KEYS: Mapping[str, KeyEffect] = MappingProxyType(_all_keys())
-"""Full path of every setting -> what it does. Those refused are the work of later versions."""
+"""Full path of every setting -> what it does."""
 
 _INTRO = """The column Default holds, whichever of verl's files a key comes from. The column after it shows verl's own
 defaults where they differ: of `sft_trainer.yaml` / of `sft_trainer_engine.yaml` (– = no such key).
@@ -150,11 +148,7 @@ def keys_table() -> str:
     lines = [_INTRO, "| Key | Default | verl's | Effect |", "|---|---|---|---|"]
     for key, field in leaf_fields().items():
         entry = KEYS[key]
-        text = entry.effect
-        if entry.ignored:
-            text = f"ignored: {entry.ignored}"
-        elif entry.refused:
-            text = f"{entry.refused} (not in this version: refused)"
+        text = f"ignored: {entry.ignored}" if entry.ignored else entry.effect
         lines.append(f"| `{key}` | `{_yaml_text(field.default)}` | {_verl_default(key)} | {text} |")
     lines += [_VERL_INTRO, "| verl's name | Here |", "|---|---|"]
     lines += [f"| `{name}` | {text} |" for name, text in _other_names().items()]

@@ -22,6 +22,8 @@ class MultiturnConfig:
     """Column that holds the tools' descriptions, where there is one."""
     enable_thinking_key: str = "enable_thinking"
     """Column that says row by row whether the template renders with thinking."""
+    train_on: str = "all"
+    """Which of the assistant's turns are trained: all, or only the last one of a conversation."""
 
 
 @dataclass
@@ -67,7 +69,13 @@ class DataConfig:
     max_length: int = 1024
     """Longest row in tokens. Nothing is ever padded to it."""
     truncation: str = "error"
-    """What to do with a longer row: error (refuse), left (cut its start), right (cut its end)."""
+    """What to do with a longer row: error (refuse), left (cut its start), right (cut its end), drop (leave it out),
+    turn (leave out whole turns, the oldest first; a row whose last turn alone is too long is left out)."""
+    max_rejected_fraction: float = 0.0
+    """Share of the rows that may be unusable (damaged, null, not rendered, overlong under truncation: error) and are
+    then left out; with more of them the run is refused."""
+    allow_control_tokens: bool = False
+    """Let control tokens that stand in a row's text (<|im_end|>, say) act as control tokens; false = as plain text."""
     balance_dp_token: bool = False
     """Kept for old files: rows are always balanced and the loss always counts every token once."""
     chat_template: Optional[str] = None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from sft_job.config.fields import leaf_fields, nearest, value_at
+from sft_job.config.fields import nearest, value_at
 from sft_job.config.keys import KEYS
 from sft_job.config.layout import check_layout, check_model, check_shards, layout_warnings
 from sft_job.config.model_folder import ModelFacts
@@ -44,7 +44,6 @@ def validate(
     """
     problems = [*_single(config, origin), *_members(config, origin)]
     wrong = {problem.subject for problem in problems}
-    problems.extend(problem for problem in _refused(config, origin) if problem.subject not in wrong)
     problems.extend(_resume(config, origin))
     problems.extend(problem for problem in check_references(config, origin) if problem.subject not in wrong)
     problems.extend(check_layout(config, topology, model, origin))
@@ -123,8 +122,10 @@ _RULES: Mapping[str, _Rule] = {
     "data.multiturn.messages_key": _NOT_EMPTY,
     "data.multiturn.tools_key": _NOT_EMPTY,
     "data.multiturn.enable_thinking_key": _NOT_EMPTY,
+    "data.multiturn.train_on": _one_of("all", "last"),
     "data.max_length": _at_least(2),
-    "data.truncation": _one_of("error", "left", "right"),
+    "data.truncation": _one_of("error", "left", "right", "drop", "turn"),
+    "data.max_rejected_fraction": _SHARE,
     "data.cache_dir": _NOT_EMPTY,
     "data.num_workers": _or(None, _at_least(1)),
     "model.init": _one_of("pretrained", "random"),
@@ -197,22 +198,6 @@ def _members(config: JobConfig, origin: Callable[[str], str]) -> list[Problem]:
                 subject = f"{key}[{index}]"
                 problems.append(Problem(ExitCode.CONFIG, subject, rule.text, hint, member, origin(subject)))
     return problems
-
-
-def _refused(config: JobConfig, origin: Callable[[str], str]) -> list[Problem]:
-    """Settings that this version does not support yet (``KeyEffect.refused``)."""
-    return [
-        Problem(
-            ExitCode.CONFIG,
-            key,
-            f"is not supported in this version ({KEYS[key].refused})",
-            "leave the key out",
-            value_at(config, key),
-            origin(key),
-        )
-        for key, field in leaf_fields().items()
-        if KEYS[key].refused and value_at(config, key) != field.default
-    ]
 
 
 def _resume(config: JobConfig, origin: Callable[[str], str]) -> list[Problem]:

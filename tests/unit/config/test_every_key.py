@@ -12,7 +12,6 @@ import yaml
 from sft_job.config.fields import leaf_fields, value_at
 from sft_job.config.keys import FRAGMENTS, KEYS
 from sft_job.config.load import Loaded, load_config
-from sft_job.config.resolve import resolve
 from sft_job.config.schema import JobConfig, TrainerConfig
 from sft_job.config.verl import ALIASES, FOREIGN, foreign
 
@@ -142,15 +141,6 @@ def test_a_changed_setting_reaches_the_config_or_is_listed(tmp_path: Path, key: 
     assert len(mappings) == len(loaded.mappings) == (key in ALIASES)
     listed = [line for line in loaded.ignored if line.startswith(f"{target} = ") and KEYS[target].ignored in line]
     assert len(listed) == len(loaded.ignored) == bool(KEYS[target].ignored)
-
-
-@pytest.mark.parametrize("key", [key for key in WALK if key in KEYS and KEYS[key].refused])
-def test_what_is_not_built_is_refused_by_name(tmp_path: Path, key: str):
-    load(tmp_path, key, changed(key))
-    found = resolve(str(tmp_path / "job.yaml"), [], ENVIRON, 0)
-    assert [each.rule for each in found.problems if each.subject == key] == [
-        f"is not supported in this version ({KEYS[key].refused})"
-    ]
 
 
 IGNORED = [key for key in WALK if foreign(key) and key not in {*KEYS, *ALIASES, *REFUSED}]

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sft_job.config.fields import leaf_fields, value_at
-from sft_job.config.keys import KEYS
 from sft_job.config.layout import ulysses_fits
 from sft_job.config.model_folder import ModelFacts
 from sft_job.config.schema import JobConfig
@@ -79,8 +78,10 @@ LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "data.multiturn.messages_key": (["m"], [""]),
     "data.multiturn.tools_key": (["m"], [""]),
     "data.multiturn.enable_thinking_key": (["m"], [""]),
+    "data.multiturn.train_on": (["all", "last"], ["first", ""]),
     "data.max_length": ([2, 128000], [1, 0]),
-    "data.truncation": (["error", "left", "right"], ["Right", "middle", ""]),
+    "data.max_rejected_fraction": ([0.0, 0.5, 1.0], [-0.1, 1.1, NAN]),
+    "data.truncation": (["error", "left", "right", "drop", "turn"], ["Right", "middle", ""]),
     "data.cache_dir": ([None, "/c"], [""]),
     "data.num_workers": ([None, 1], [0]),
     "model.init": (["pretrained", "random"], ["zeros"]),
@@ -138,6 +139,8 @@ def test_refused_values(key: str, value: Any):
 def test_every_setting_that_can_be_wrong_has_limits_here():
     always_fine = {
         "data.use_dynamic_bsz",
+        "data.multiturn.enable",
+        "data.allow_control_tokens",
         "data.apply_chat_template_kwargs",
         "data.balance_dp_token",
         "data.use_shm",
@@ -161,14 +164,13 @@ def test_every_setting_that_can_be_wrong_has_limits_here():
         "trainer.n_gpus_per_node",
         "trainer.deterministic",
     }
-    refused = {key for key, entry in KEYS.items() if entry.refused}
-    assert set(leaf_fields()) == (set(LIMITS) | always_fine | refused)
+    assert set(leaf_fields()) == set(LIMITS) | always_fine
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("data__truncation", "rigth", "must be one of error, left, right\n    fix: did you mean right?"),
+        ("data__truncation", "rigth", "must be one of error, left, right, drop, turn\n    fix: did you mean right?"),
         ("trainer__logger", ["console", "wandbb"], "trainer.logger[1] = 'wandbb'"),
         ("trainer__logger", ["console", "wandbb"], "fix: did you mean wandb?"),
         ("trainer__logger", ["tensorbord"], "did you mean tensorboard?"),
@@ -181,17 +183,6 @@ def test_every_setting_that_can_be_wrong_has_limits_here():
 def test_messages(key: str, value: Any, message: str):
     (problem,) = check(config_with(**{key: value}))[0]
     assert message in problem.text()
-
-
-NOT_BUILT = {"data.multiturn.enable": True}
-
-
-def test_what_is_not_built_yet_is_refused_all_at_once():
-    config = config_with(**{key.replace(".", "__"): value for key, value in NOT_BUILT.items()})
-    problems, _ = check(config)
-    assert {problem.subject for problem in problems} == set(NOT_BUILT)
-    assert all("is not supported in this version" in problem.rule for problem in problems)
-    assert set(NOT_BUILT) == {key for key, entry in KEYS.items() if entry.refused}
 
 
 # Ulysses
