@@ -20,6 +20,7 @@ class Fault(enum.Enum):
     DAMAGED = "damaged"
     NO_TEXT = "no text"
     NOT_RENDERED = "not rendered"
+    NOT_PROVED = "not proved"
     OVERLONG = "overlong"
     MALFORMED = "malformed"
 
@@ -66,6 +67,11 @@ class FaultLog:
                 "data.chat_template",
                 "{n} make the chat template fail",
                 "mend the rows or the template",
+            ),
+            Fault.NOT_PROVED: (
+                "data.chat_template",
+                "{n} cannot be masked: what the assistant wrote is not found for certain in the template's rendering",
+                "mend the rows or the template; {% generation %} in the template says where the assistant writes",
             ),
             Fault.OVERLONG: (
                 "data.max_length",

@@ -91,6 +91,21 @@ def fingerprint(
     return renderer_fingerprint(folder, template, template_kwargs, trust_remote_code, _VERSION)
 
 
+def check_variables(template_kwargs: Mapping[str, Any]) -> None:
+    """Refuse variables for the template that the job sets itself.
+
+    Raises:
+        ProblemsError: exit 2.
+    """
+    problems = [
+        Problem(ExitCode.CONFIG, f"{_KWARGS_OPTION}.{name}", "is set by the job itself", "remove it", value)
+        for name, value in template_kwargs.items()
+        if name in _RESERVED
+    ]
+    if problems:
+        raise ProblemsError(problems)
+
+
 class PromptResponseRenderer:
     """Renders prompt/response rows.
 
@@ -127,7 +142,7 @@ class PromptResponseRenderer:
         self.has_template = self.template.exists
         self.encoder = Encoder(tokenizer, allow_control_tokens=allow_control_tokens, chat_template=chat_template)
         self.notes: list[str] = []
-        self._check_kwargs()
+        check_variables(self._template_kwargs)
         if self.has_template:
             self._check_template()
         self._strips_eos = not self.has_template and self._appends_eos()
@@ -171,15 +186,6 @@ class PromptResponseRenderer:
         with_special, without = (self.encoder.encode([_PROBE], special)[0] for special in (True, False))
         eos = self._tokenizer.eos_token_id
         return eos is not None and with_special[-1:] == [eos] and without[-1:] != [eos]
-
-    def _check_kwargs(self) -> None:
-        problems = [
-            Problem(ExitCode.CONFIG, f"{_KWARGS_OPTION}.{name}", "is set by the job itself", "remove it", value)
-            for name, value in self._template_kwargs.items()
-            if name in _RESERVED
-        ]
-        if problems:
-            raise ProblemsError(problems)
 
     def _check_template(self) -> None:
         try:
