@@ -96,7 +96,7 @@ def _check_start(config: JobConfig) -> list[Problem]:
 def _check_template(config: JobConfig, table: Table) -> list[Problem]:
     try:
         spec = cache_spec(config, "train")
-        report = check_template(spec) if spec else TemplateReport()
+        report = check_template(spec, config.data.multiturn.enable) if spec else TemplateReport()
     except ProblemsError:  # told of with the rows
         return []
     if report.text():

@@ -78,7 +78,7 @@ def prepare(
             specs += [spec] if spec else []
     if specs:
         try:
-            template = check_template(specs[0])
+            template = check_template(specs[0], config.data.multiturn.enable)
         except ProblemsError as error:
             problems += error.problems
         else:

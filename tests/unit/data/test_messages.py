@@ -8,12 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sft_job.contract import ExitCode
 from sft_job.data.conversation import Conversation, conversation
-from sft_job.data.faults import Fault
 from sft_job.data.messages import MessageRenderer, Rejected
-from sft_job.data.render import PromptResponseRenderer, Rendered
-from sft_job.errors import ProblemsError
+from sft_job.data.render import Rendered
 from tests.unit.data.families import FAMILIES, FOLDER, family_tokenizer
 
 TOOLS = [
