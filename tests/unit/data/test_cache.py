@@ -383,7 +383,12 @@ def test_the_cache_is_the_same_for_any_number_of_workers(
 
 
 def test_faults_are_counted_exactly_over_several_workers(large: list[Path], spec: MakeSpec, tmp_path: Path) -> None:
-    (problem,) = refused(spec(*large, max_length=50), tmp_path / "cache", 2).problems
+    subject = spec(*large, max_length=50)
+    (problem,) = refused(subject, tmp_path / "cache", 2).problems
+    listed = pq.read_table(open_or_build(subject, tmp_path / "cache", 2).rejected).to_pydict()
+    assert listed["row"] == [*range(4000), *range(100)] + [*range(100)] * 19
+    assert listed["file"] == sorted(listed["file"])
+    assert set(listed["kind"]) == {"overlong"}
     assert "6,000 of 6,000 rows are longer than 50 tokens" in problem.rule
     assert [line.split(": ")[0].rsplit(" ", 1)[1] for line in problem.rule.splitlines()[1:]] == [*map(str, range(10))]
 
