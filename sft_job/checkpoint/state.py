@@ -12,6 +12,7 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 
 from sft_job.config.schema import JobConfig
+from sft_job.config.sets import normal_sets
 
 STATE_FILE = "state.json"
 
@@ -146,7 +147,10 @@ def saved_config(state: RunState) -> JobConfig:
 
 def flat_config(config: JobConfig) -> dict[str, Any]:
     """All settings by their full path, in values that JSON keeps as they are."""
-    return dict(_flatten("", dataclasses.asdict(config)))
+    tree = dataclasses.asdict(config)
+    for key in ("train_files", "val_files"):
+        tree["data"][key] = normal_sets(tree["data"][key])
+    return dict(_flatten("", tree))
 
 
 def _flatten(prefix: str, tree: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -199,11 +203,17 @@ def compare_config(saved: RunState, config: JobConfig) -> Changes:
         if key in LENGTH_KEYS:
             grows = total_steps(config, saved.steps_per_epoch) - saved.total_steps
             (longer if grows > 0 else safe if grows == 0 or key in allowed else refused).append(change)
-        elif key in SAFE_KEYS or any(key == name or key.startswith(f"{name}.") for name in allowed):
+        elif _safe(key) or any(key == name or key.startswith(f"{name}.") for name in allowed):
             safe.append(change)
         else:
             refused.append(change)
     return Changes(tuple(refused), tuple(longer), tuple(safe))
+
+
+def _safe(key: str) -> bool:
+    # Of named data sets the paths may change, as those of a single one may.
+    paths = key.startswith("data.train_files.") and key.endswith(".files")
+    return key in SAFE_KEYS or paths or key.startswith("data.val_files.")
 
 
 def total_steps(config: JobConfig, steps_per_epoch: int) -> int:
