@@ -14,10 +14,11 @@ from sft_job.checkpoint.start import find_start
 from sft_job.config.load import origins_text, run_folder
 from sft_job.config.resolve import Resolution, resolve
 from sft_job.config.schema import JobConfig
+from sft_job.config.sets import SetEntry
 from sft_job.config.topology import count_gpus
 from sft_job.contract import ExitCode
 from sft_job.data.sample import check_sample
-from sft_job.data.spec import CacheSpec, cache_spec
+from sft_job.data.spec import CacheSpec, Split, cache_specs
 from sft_job.errors import JobError, Problem, ProblemsError, problems_text, worst_code
 from sft_job.model.supported import check_architecture
 from sft_job.supervisor import input_problems
@@ -57,7 +58,8 @@ def check_job(
     if not problems:
         problems += _check_start(loaded.config)
         table.add_row("layout", _layout_text(resolution))
-        for split in ("train", "val"):
+        splits: tuple[Split, Split] = ("train", "val")
+        for split in splits:
             problems += _check_split(loaded.config, split, table, full)
         problems += _check_disk(resolution, table)
         console.print(table)
@@ -89,28 +91,47 @@ def _check_start(config: JobConfig) -> list[Problem]:
     return []
 
 
-def _check_split(config: JobConfig, split: str, table: Table, full: bool) -> list[Problem]:
+def _check_split(config: JobConfig, split: Split, table: Table, full: bool) -> list[Problem]:
+    """A line for each data set of a split."""
     try:
-        spec = cache_spec(config, split)  # type: ignore[arg-type]
-        if spec is None:
-            table.add_row(split, "none")
-            return []
-        counts, notes, problems = check_sample(spec, ALL_ROWS if full else SAMPLE_ROWS)
+        specs = cache_specs(config, split)
     except ProblemsError as error:
         return list(error.problems)
-    except JobError as error:
-        return [Problem(error.code, split, str(error))]
+    if not specs:
+        table.add_row(split, "none")
+    problems: list[Problem] = []
+    told: set[str] = set()
+    for spec in specs:
+        try:
+            problems += _check_set(spec, table, told, full)
+        except ProblemsError as error:
+            problems += [problem for problem in error.problems if problem not in problems]
+        except JobError as error:
+            problems.append(Problem(error.code, spec.files_option, str(error)))
+    return problems
+
+
+def _check_set(spec: CacheSpec, table: Table, told: set[str], full: bool) -> list[Problem]:
+    counts, notes, problems = check_sample(spec, ALL_ROWS if full else SAMPLE_ROWS)
     table.add_row(
-        split,
+        f"{spec.split} {spec.source.name}{_share(spec.source.entry)}" if spec.source else spec.split,
         f"{len(spec.files):,} files; of {counts.rows_read:,} rows looked at: longest {counts.longest_row:,} tokens, "
         f"{counts.rows_truncated:,} truncated, {counts.rows_without_target:,} without a token to train on",
     )
-    if split == "train":
+    if spec.split == "train":
         for note in notes:
-            table.add_row("template", note)
+            if note not in told:
+                table.add_row("template", note)
+        told.update(notes)
         if counts.rows_read and not counts.rows_usable and not problems:
             problems.append(_nothing_usable(spec, counts.rows_read))
     return problems
+
+
+def _share(entry: SetEntry) -> str:
+    if entry.weight is not None:
+        return f", weight {entry.weight:g}"
+    return f", repeat {entry.repeat:g}" if entry.repeat is not None else ""
 
 
 def _nothing_usable(spec: CacheSpec, rows: int) -> Problem:
@@ -142,8 +163,8 @@ def _check_disk(resolution: Resolution, table: Table) -> list[Problem]:
 
 
 def _data_bytes(config: JobConfig) -> int:
-    specs = (cache_spec(config, "train"), cache_spec(config, "val"))
-    return sum(Path(file).stat().st_size for spec in specs if spec for file in spec.files)
+    specs = (*cache_specs(config, "train"), *cache_specs(config, "val"))
+    return sum(Path(file).stat().st_size for spec in specs for file in spec.files)
 
 
 def _gib(count: int) -> str:

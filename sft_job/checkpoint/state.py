@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -70,6 +70,30 @@ LENGTH_KEYS = ("trainer.total_epochs", "trainer.total_training_steps")
 
 
 @dataclass(frozen=True)
+class SourceState:
+    """What a run has seen of one named data set, over all its starts.
+
+    Attributes:
+        rows: rows used; one that came up twice counts twice.
+        tokens: real tokens.
+        supervised_tokens: those of them that had a loss.
+        size: usable rows of the set.
+        data: fingerprint of its rows and its share; '' where a later start had the set no more.
+    """
+
+    rows: int
+    tokens: int
+    supervised_tokens: int
+    size: int
+    data: str
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the set's rows, as a fraction."""
+        return self.rows / self.size
+
+
+@dataclass(frozen=True)
 class RunState:
     """A run after ``step`` optimizer steps.
 
@@ -95,6 +119,7 @@ class RunState:
         contents: which tensors the checkpoint holds: model, optimizer.
         weights_sha256: of the trained weights, where they were exported with the checkpoint.
         version: of sft_job.
+        sources: named data sets, by name.
     """
 
     step: int
@@ -114,6 +139,7 @@ class RunState:
     version: str
     contents: tuple[str, ...] = ("model", "optimizer")
     weights_sha256: str = ""
+    sources: Mapping[str, SourceState] = field(default_factory=dict[str, SourceState])
     rng: str = field(default="torch: function of (trainer.seed, step, rank)")
 
     def to_json(self) -> str:
@@ -130,7 +156,8 @@ def read_state(folder: Path) -> RunState:
     """
     try:
         fields = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        return RunState(**fields | {"contents": tuple(fields["contents"])})
+        sources = {name: SourceState(**source) for name, source in fields.get("sources", {}).items()}
+        return RunState(**fields | {"contents": tuple(fields["contents"]), "sources": sources})
     except (TypeError, KeyError) as error:
         raise ValueError(f"{folder / STATE_FILE}: {error}") from error
 

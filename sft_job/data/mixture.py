@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from sft_job.contract import ExitCode
 from sft_job.data.cache import TokenCache, TokenRow
+from sft_job.data.order import RowOrder
 from sft_job.errors import Problem, raise_problems
 
 Int64 = npt.NDArray[np.int64]
@@ -87,9 +88,9 @@ class MixedSet:
     repeat: float | None = None
 
     @property
-    def share(self) -> str:
-        """Weight or repeat, in words."""
-        return f"weight {self.weight:g}" if self.weight is not None else f"repeat {self.repeat or 1:g}"
+    def fingerprint(self) -> str:
+        """Of its rows, its weight and its repeat."""
+        return f"{self.cache.fingerprint} weight={self.weight} repeat={self.repeat or 1}"
 
 
 class Mixture:
@@ -112,7 +113,7 @@ class Mixture:
             option: what names them, for messages.
 
         Raises:
-            ProblemsError: exit 2, where a set's share of an epoch is less than half a row.
+            ProblemsError: exit 2, where a set's share of an epoch is no row at all.
         """
         self.sets = tuple(sorted(sets, key=lambda each: each.name))
         caches = [each.cache for each in self.sets]
@@ -128,11 +129,10 @@ class Mixture:
             self.entries = weighted_entries(sizes, weights)
         else:
             self.entries = repeated_entries(sizes, [each.repeat or 1.0 for each in self.sets])
-        parts = [(each.name, each.cache.fingerprint, each.share, weighted) for each in self.sets]
+        parts = [(each.name, each.fingerprint, weighted) for each in self.sets]
         self.fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-        raise_problems(
-            [_no_entry(each, option) for each, count in zip(self.sets, self.entries, strict=True) if not count]
-        )
+        never = [each for each, count in zip(self.sets, self.entries, strict=True) if not count]
+        raise_problems([_no_entry(each, option) for each in never])
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -193,14 +193,9 @@ class JoinedNumbers:
 
 def _no_entry(each: MixedSet, option: str) -> Problem:
     key = "weight" if each.weight is not None else "repeat"
-    rule = f"gives this set of {each.cache.num_rows:,} rows less than half a row of an epoch: it would never be seen"
-    return Problem(
-        ExitCode.CONFIG,
-        f"{option}.{each.name}.{key}",
-        rule,
-        "raise it, or leave the set out",
-        each.weight or each.repeat,
-    )
+    rule = f"is too small for an epoch to take a single one of this set's {each.cache.num_rows:,} rows"
+    subject, value = f"{option}.{each.name}.{key}", each.weight or each.repeat
+    return Problem(ExitCode.CONFIG, subject, rule, "raise it, or leave the set out", value)
 
 
 def weighted_entries(sizes: Sequence[int], weights: Sequence[float]) -> tuple[int, ...]:
@@ -280,11 +275,12 @@ class EpochEntries:
         return self._permutations[at]
 
 
-def epoch_entries(rows: Rows, seed: int) -> EpochEntries | None:
-    """Which rows an epoch's entries stand for; None where they are the rows themselves."""
+def training_order(rows: Rows, seed: int, batch_size: int) -> RowOrder:
+    """The order in which training sees rows: each once in an epoch, or as often as a mixture says."""
     if not isinstance(rows, Mixture):
-        return None
-    return EpochEntries(seed, [each.cache.num_rows for each in rows.sets], rows.entries)
+        return RowOrder(seed, rows.num_rows, batch_size)
+    entries = EpochEntries(seed, [each.cache.num_rows for each in rows.sets], rows.entries)
+    return RowOrder(seed, entries.count, batch_size, entries.rows)
 
 
 def named_caches(rows: Rows | None) -> dict[str, TokenCache]:
