@@ -14,12 +14,13 @@ from sft_job.checkpoint.start import find_start
 from sft_job.config.load import origins_text, run_folder
 from sft_job.config.resolve import Resolution, resolve
 from sft_job.config.schema import JobConfig
+from sft_job.config.sets import SetEntry
 from sft_job.config.topology import count_gpus
 from sft_job.contract import ExitCode
 from sft_job.data.counts import control_tokens_note
 from sft_job.data.sample import check_all, check_sample
-from sft_job.data.spec import cache_spec
-from sft_job.data.template_check import TemplateReport, check_template
+from sft_job.data.spec import CacheSpec, Split, cache_specs
+from sft_job.data.template_check import check_templates
 from sft_job.errors import JobError, Problem, ProblemsError, problems_text, worst_code
 from sft_job.model.supported import check_architecture
 from sft_job.supervisor import input_problems
@@ -59,7 +60,8 @@ def check_job(
         problems += _check_start(loaded.config)
         table.add_row("layout", _layout_text(resolution))
         problems += _check_template(loaded.config, table)
-        for split in ("train", "val"):
+        splits: tuple[Split, Split] = ("train", "val")
+        for split in splits:
             problems += _check_split(loaded.config, split, table, full)
         problems += _check_disk(resolution, table)
         console.print(table)
@@ -95,8 +97,7 @@ def _check_start(config: JobConfig) -> list[Problem]:
 
 def _check_template(config: JobConfig, table: Table) -> list[Problem]:
     try:
-        spec = cache_spec(config, "train")
-        report = check_template(spec, config.data.multiturn.enable) if spec else TemplateReport()
+        report = check_templates([*cache_specs(config, "train"), *cache_specs(config, "val")])
     except ProblemsError:  # told of with the rows
         return []
     if report.text():
@@ -106,21 +107,31 @@ def _check_template(config: JobConfig, table: Table) -> list[Problem]:
     return report.problems
 
 
-def _check_split(config: JobConfig, split: str, table: Table, full: bool) -> list[Problem]:
+def _check_split(config: JobConfig, split: Split, table: Table, full: bool) -> list[Problem]:
+    """A line for each data set of a split."""
     try:
-        spec = cache_spec(config, split)  # type: ignore[arg-type]
-        if spec is None:
-            table.add_row(split, "none")
-            return []
-        allowed = config.data.max_rejected_fraction
-        looked = check_all(spec, allowed, config.data.num_workers) if full else check_sample(spec, SAMPLE_ROWS, allowed)
+        specs = cache_specs(config, split)
     except ProblemsError as error:
         return list(error.problems)
-    except JobError as error:
-        return [Problem(error.code, split, str(error))]
+    if not specs:
+        table.add_row(split, "none")
+    problems: list[Problem] = []
+    for spec in specs:
+        try:
+            problems += _check_set(spec, config, table, full)
+        except ProblemsError as error:
+            problems += [problem for problem in error.problems if problem not in problems]
+        except JobError as error:
+            problems.append(Problem(error.code, spec.files_option, str(error)))
+    return problems
+
+
+def _check_set(spec: CacheSpec, config: JobConfig, table: Table, full: bool) -> list[Problem]:
+    allowed = config.data.max_rejected_fraction
+    looked = check_all(spec, allowed, config.data.num_workers) if full else check_sample(spec, SAMPLE_ROWS, allowed)
     counts = looked.counts
     table.add_row(
-        split,
+        f"{spec.split} {spec.source.name}{_share(spec.source.entry)}" if spec.source else spec.split,
         f"{len(spec.files):,} files; of {counts.rows_read:,} rows looked at: longest {counts.longest_row:,} tokens, "
         f"{counts.rows_truncated:,} truncated, {counts.rows_without_target:,} without a token to train on, "
         f"{counts.rows_dropped:,} dropped, {counts.rows_rejected:,} rejected",
@@ -129,10 +140,16 @@ def _check_split(config: JobConfig, split: str, table: Table, full: bool) -> lis
         table.add_row("", note)
     if looked.warning:
         table.add_row("warning", looked.warning)
-    if split == "train":
+    if spec.split == "train":
         for note in looked.notes if spec.custom else ():
             table.add_row("rows", note)
     return looked.problems
+
+
+def _share(entry: SetEntry) -> str:
+    if entry.weight is not None:
+        return f", weight {entry.weight:g}"
+    return f", repeat {entry.repeat:g}" if entry.repeat is not None else ""
 
 
 def _check_disk(resolution: Resolution, table: Table) -> list[Problem]:
@@ -159,8 +176,8 @@ def _check_disk(resolution: Resolution, table: Table) -> list[Problem]:
 
 
 def _data_bytes(config: JobConfig) -> int:
-    specs = (cache_spec(config, "train"), cache_spec(config, "val"))
-    return sum(Path(file).stat().st_size for spec in specs if spec for file in spec.files)
+    specs = (*cache_specs(config, "train"), *cache_specs(config, "val"))
+    return sum(Path(file).stat().st_size for spec in specs for file in spec.files)
 
 
 def _gib(count: int) -> str:

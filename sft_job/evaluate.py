@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -12,32 +14,66 @@ from sft_job.data.batches import BatchLoader
 from sft_job.runtime import StopWish, agree
 
 
+@dataclass(frozen=True)
+class EvaluationRows:
+    """One set's rows.
+
+    Attributes:
+        loader: this rank's share of every row, each once.
+        batches: how many there are.
+    """
+
+    loader: BatchLoader
+    batches: int
+
+
+@dataclass(frozen=True)
+class ValidationLoss:
+    """Mean losses of a supervised token.
+
+    Attributes:
+        loss: over all rows of all sets.
+        by_name: over the rows of each named set.
+    """
+
+    loss: float
+    by_name: Mapping[str, float]
+
+
 @torch.no_grad()
 def validation_loss(
-    module: nn.Module, loader: BatchLoader, batches: int, device: torch.device, stop: StopWish
-) -> float | None:
+    module: nn.Module, sets: Mapping[str, EvaluationRows], device: torch.device, stop: StopWish
+) -> ValidationLoss | None:
     """Token-weighted mean loss over all rows (a collective call); None where some rank was asked to stop in between.
 
     Args:
         module: its forward gives the loss sum of a packed batch; left in training mode.
-        loader: this rank's share of every row, each once.
-        batches: how many there are.
+        sets: this rank's share of every row of every set, by name; one without a name is an empty text.
         device: where the module computes.
         stop: this rank's wish to stop.
     """
-    total = torch.zeros((), device=device, dtype=torch.float64)
-    targets = 0
+    totals = torch.zeros(len(sets), device=device, dtype=torch.float64)
+    targets = [0] * len(sets)
     module.eval()
-    with contextlib.closing(loader.steps(0, batches)) as steps:
-        for batch in steps:
-            targets += batch.num_targets
-            for micro in batch.micro_batches:
-                total += module(micro.to(device))
-            if agree(stop.signal != 0, device):
-                targets = 0
-                break
+    whole = all(_add_up(module, rows, at, totals, targets, stop) for at, rows in enumerate(sets.values()))
     module.train()
-    if targets == 0:
+    if not whole:
         return None
-    dist.all_reduce(total)
-    return total.item() / targets
+    dist.all_reduce(totals)
+    sums = dict(zip(sets, zip(totals.tolist(), targets, strict=True), strict=True))
+    by_name = {name: total / count for name, (total, count) in sums.items() if name}
+    return ValidationLoss(sum(total for total, _ in sums.values()) / sum(targets), by_name)
+
+
+def _add_up(
+    module: nn.Module, rows: EvaluationRows, at: int, totals: torch.Tensor, targets: list[int], stop: StopWish
+) -> bool:
+    """Add one set's losses; False where a stop cut it short, on every rank alike."""
+    with contextlib.closing(rows.loader.steps(0, rows.batches)) as steps:
+        for batch in steps:
+            targets[at] += batch.num_targets
+            for micro in batch.micro_batches:
+                totals[at] += module(micro.to(totals.device))
+            if agree(stop.signal != 0, totals.device):
+                return False
+    return True

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,18 +25,18 @@ from sft_job.checkpoint.start import (
     refuse_other_data,
     start_at,
 )
-from sft_job.checkpoint.state import RunState, flat_config, total_steps
+from sft_job.checkpoint.state import RunState, SourceState, flat_config, total_steps
 from sft_job.config.load import run_folder
 from sft_job.config.schema import JobConfig
 from sft_job.contract import Env, ExitCode, RunFolder
 from sft_job.data.batches import BatchLoader
-from sft_job.data.cache import TokenCache
-from sft_job.data.order import FileOrder, RowOrder, StepRows
+from sft_job.data.mixture import Mixture, Rows, named_caches, training_order
+from sft_job.data.order import FileOrder, StepRows
 from sft_job.data.packing import pack_settings
 from sft_job.data.places import open_places
 from sft_job.data.prepare import prepare
 from sft_job.errors import JobError
-from sft_job.evaluate import validation_loss
+from sft_job.evaluate import EvaluationRows, ValidationLoss, validation_loss
 from sft_job.export import export_live
 from sft_job.metrics.flops import FlopsShape, model_flops, peak_flops
 from sft_job.metrics.loggers import Loggers, make_loggers
@@ -130,8 +130,9 @@ def build_job(config: JobConfig, runtime: Runtime, stop: StopWish, start: Start)
     fsdp = config.model.fsdp_config
     mesh = build_mesh(runtime.device.type, config.ulysses_sequence_parallel_size, fsdp.fsdp_size)
     rows, validation = _open_rows(config, run)
-    refuse_other_data(start, rows.fingerprint, config)
-    order = RowOrder(config.trainer.seed, rows.num_rows, config.data.train_batch_size)
+    mixed = {each.name: each.fingerprint for each in rows.sets} if isinstance(rows, Mixture) else {}
+    refuse_other_data(start, rows.fingerprint, config, mixed)
+    order = training_order(rows, config.trainer.seed, config.data.train_batch_size)
     schedule = make_schedule(config, order.steps_per_epoch)
     state = _begin_state(config, start, schedule, rows, mesh)
     loggers = _loggers(config, run, state) if runtime.is_first else None
@@ -218,11 +219,14 @@ def _tell_start(
     config: JobConfig,
     attention: str,
     schedule: Schedule,
-    rows: TokenCache,
-    validation: TokenCache | None,
+    rows: Rows,
+    validation: Rows | None,
     state: RunState,
 ) -> None:
-    for line in (*rows.report["notes"], *rows.report["warnings"]):
+    reports = [cache.report for cache in named_caches(rows).values()]
+    for line in dict.fromkeys(line for report in reports for line in (*report["notes"], *report["warnings"])):
+        logger.message(line)
+    for line in _set_lines(rows):
         logger.message(line)
     tokens = int(rows.lengths.sum(dtype="int64"))
     logger.message(
@@ -237,7 +241,30 @@ def _tell_start(
     logger.message(f"learning rate ({config.optim.lr_scheduler}): {curve}")
 
 
-def _begin_state(config: JobConfig, start: Start, schedule: Schedule, rows: TokenCache, mesh: Mesh) -> RunState:
+def _set_lines(rows: Rows) -> list[str]:
+    """What each named set is, and what an epoch takes of it."""
+    if not isinstance(rows, Mixture):
+        return []
+    total = sum(rows.entries)
+    lines: list[str] = []
+    for each, count in zip(rows.sets, rows.entries, strict=True):
+        tokens = int(each.cache.lengths.sum(dtype="int64"))
+        share = f"{count:,} of an epoch's {total:,} rows ({count / total:.1%})"
+        lines.append(f"data set {each.name}: {each.cache.num_rows:,} rows, {tokens:,} tokens; {share}")
+    return lines
+
+
+def _sources(old: RunState | None, rows: Rows) -> dict[str, SourceState]:
+    """The ledger of named data sets at a start; of sets that are no more, what was seen stays in it."""
+    before = old.sources if old else {}
+    sources = {name: replace(source, data="") for name, source in before.items()}
+    for each in rows.sets if isinstance(rows, Mixture) else ():
+        seen = before.get(each.name, SourceState(0, 0, 0, 0, ""))
+        sources[each.name] = replace(seen, size=each.cache.num_rows, data=each.fingerprint)
+    return sources
+
+
+def _begin_state(config: JobConfig, start: Start, schedule: Schedule, rows: Rows, mesh: Mesh) -> RunState:
     """The state that the first step of this start builds on."""
     old = start.state
     return RunState(
@@ -256,21 +283,22 @@ def _begin_state(config: JobConfig, start: Start, schedule: Schedule, rows: Toke
         config=flat_config(config),
         kept=True,
         version=__version__,
+        sources=_sources(old, rows),
     )
 
 
-def _open_rows(config: JobConfig, run: RunFolder) -> tuple[TokenCache, TokenCache | None]:
+def _open_rows(config: JobConfig, run: RunFolder) -> tuple[Rows, Rows | None]:
     """The caches that were made before the ranks started; without a supervisor the first rank to come makes them."""
     reports = os.environ.get(Env.REPORT_DIR)
     return open_places(Path(reports)) if reports is not None else prepare(config, run)
 
 
-def _place(rows: TokenCache, row: int) -> str:
+def _place(rows: Rows, row: int) -> str:
     file, number = rows.origin(row)
     return f"{file}, row {number}"
 
 
-def _loader(config: JobConfig, rows: TokenCache, order: StepRows, mesh: Mesh) -> BatchLoader:
+def _loader(config: JobConfig, rows: Rows, order: StepRows, mesh: Mesh) -> BatchLoader:
     place = mesh.layout
     return BatchLoader(
         rows,
@@ -285,13 +313,15 @@ def _loader(config: JobConfig, rows: TokenCache, order: StepRows, mesh: Mesh) ->
 
 
 def _evaluator(
-    config: JobConfig, module: CausalLMLoss, rows: TokenCache | None, mesh: Mesh, runtime: Runtime, stop: StopWish
-) -> Callable[[], float | None] | None:
+    config: JobConfig, module: CausalLMLoss, rows: Rows | None, mesh: Mesh, runtime: Runtime, stop: StopWish
+) -> Callable[[], ValidationLoss | None] | None:
     if rows is None:
         return None
-    order = FileOrder(rows.num_rows, config.data.train_batch_size)
-    loader = _loader(config, rows, order, mesh)
-    return lambda: validation_loss(module, loader, order.steps_per_epoch, runtime.device, stop)
+    sets: dict[str, EvaluationRows] = {}
+    for name, cache in named_caches(rows).items():
+        order = FileOrder(cache.num_rows, config.data.train_batch_size)
+        sets[name] = EvaluationRows(_loader(config, cache, order, mesh), order.steps_per_epoch)
+    return lambda: validation_loss(module, sets, runtime.device, stop)
 
 
 def _device_peak(runtime: Runtime, dtype: torch.dtype) -> float | None:

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from sft_job.config.load import load_resolved, run_folder
 from sft_job.contract import Env, ExitCode
-from sft_job.data.cache import TokenCache
+from sft_job.data.mixture import Rows, named_caches
 from sft_job.data.places import write_places
 from sft_job.data.prepare import prepare
 from sft_job.errors import JobError
@@ -81,14 +81,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return ExitCode.DONE
 
 
-def refuse_unknown_ids(hf_config: Any, *caches: TokenCache | None) -> None:
+def refuse_unknown_ids(hf_config: Any, *rows: Rows | None) -> None:
     """Refuse rows with ids that the model has no embedding for: on a GPU they end in an assertion that says nothing.
 
     Raises:
         JobError: exit code 66.
     """
     vocabulary = hf_config.get_text_config().vocab_size
-    largest = max(cache.report["largest_id"] for cache in caches if cache is not None)
+    largest = max(cache.report["largest_id"] for each in rows for cache in named_caches(each).values())
     if largest >= vocabulary:
         raise JobError(
             ExitCode.MODEL,

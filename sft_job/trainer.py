@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,13 +11,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sft_job.checkpoint.checkpointer import Checkpointer
-from sft_job.checkpoint.state import RunState
+from sft_job.checkpoint.state import RunState, SourceState
 from sft_job.config.schema import JobConfig
 from sft_job.contract import ExitCode, step_of
 from sft_job.data.batches import PackedBatch, StepBatch
+from sft_job.data.mixture import SourceCounts
 from sft_job.errors import JobError
+from sft_job.evaluate import ValidationLoss
 from sft_job.metrics.loggers import Logger
-from sft_job.metrics.meters import StepMeter, validation_record
+from sft_job.metrics.meters import StepMeter, source_record, validation_record
 from sft_job.optimizer import gradient_norm, learning_rate, scale_gradients, set_learning_rate
 from sft_job.parallel.fsdp import set_gradient_sync
 from sft_job.runtime import Runtime, StopWish, peak_memory, seed_step
@@ -82,7 +84,7 @@ class Trainer:
         schedule: when things happen.
         state: where the run stands.
         checkpointer: saves.
-        evaluate: validation loss, None from it where a stop cut it short (a collective call); None where there is
+        evaluate: validation losses, None from it where a stop cut it short (a collective call); None where there is
             no validation data.
         meter: token counts and speed.
         flops: model FLOPs of a global batch.
@@ -101,7 +103,7 @@ class Trainer:
         schedule: Schedule,
         state: RunState,
         checkpointer: Checkpointer,
-        evaluate: Callable[[], float | None] | None,
+        evaluate: Callable[[], ValidationLoss | None] | None,
         meter: StepMeter,
         flops: Callable[[StepBatch], float],
         origin: Callable[[int], str],
@@ -229,6 +231,7 @@ class Trainer:
             tokens=self._state.tokens + batch.num_tokens,
             supervised_tokens=self._state.supervised_tokens + batch.num_targets,
             loss=result.loss,
+            sources=_counted(self._state.sources, batch.sources),
         )
         self._meter.end_step(tokens=batch.num_tokens, supervised_tokens=batch.num_targets, flops=self._flops(batch))
 
@@ -236,25 +239,26 @@ class Trainer:
         step = self._state.step
         if self._logger is None or (step % self._config.trainer.log_freq and step != self.schedule.total_steps):
             return
-        self._logger.log(
-            self._meter.record(
-                step=step,
-                epoch=step / self.schedule.steps_per_epoch,
-                loss=result.loss,
-                lr=result.lr,
-                grad_norm=result.grad_norm,
-                peak_bytes=peak_memory(self._runtime.device),
-            )
+        record = self._meter.record(
+            step=step,
+            epoch=step / self.schedule.steps_per_epoch,
+            loss=result.loss,
+            lr=result.lr,
+            grad_norm=result.grad_norm,
+            peak_bytes=peak_memory(self._runtime.device),
         )
+        present = {name: source for name, source in self._state.sources.items() if source.data}
+        sources = source_record({name: (s.tokens, s.supervised_tokens, s.epoch) for name, s in present.items()})
+        self._logger.log(record | sources)
 
     def _validate(self) -> bool:
         """Validate and log; False where a stop cut it short, on every rank alike."""
         if self._evaluate is None:
             return True
-        loss = self._evaluate()
-        if loss is not None and self._logger is not None:
-            self._logger.log(validation_record(self._state.step, loss))
-        return loss is not None
+        losses = self._evaluate()
+        if losses is not None and self._logger is not None:
+            self._logger.log(validation_record(self._state.step, losses.loss, losses.by_name))
+        return losses is not None
 
     def _save(self, *, kept: bool, last: bool = False) -> None:
         self._state = self._checkpointer.save(replace(self._state, kept=kept), last=last)
@@ -270,3 +274,17 @@ class Trainer:
             f"    fix: a lower optim.lr, a longer warm-up, or look at these rows; the run can go on from "
             f"{newest or 'its last checkpoint'}",
         )
+
+
+def _counted(sources: Mapping[str, SourceState], batch: Mapping[str, SourceCounts]) -> dict[str, SourceState]:
+    """The ledger of named data sets after one more batch."""
+    counted = dict(sources)
+    for name, counts in batch.items():
+        old = counted[name]
+        counted[name] = replace(
+            old,
+            rows=old.rows + counts.rows,
+            tokens=old.tokens + counts.tokens,
+            supervised_tokens=old.supervised_tokens + counts.targets,
+        )
+    return counted

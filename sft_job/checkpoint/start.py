@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -136,8 +136,16 @@ def _refuse(changes: Changes, state: RunState, config: JobConfig, folder: Path) 
         raise ProblemsError(problems)
 
 
-def refuse_other_data(start: Start, fingerprint: str, config: JobConfig) -> None:
+def refuse_other_data(
+    start: Start, fingerprint: str, config: JobConfig, sources: Mapping[str, str] | None = None
+) -> None:
     """Refuse to go on with other training rows, another tokenizer or another template than the checkpoint's.
+
+    Args:
+        start: where the run begins.
+        fingerprint: of the present rows.
+        config: the settings.
+        sources: fingerprint of each named data set, so that those that changed are named.
 
     Raises:
         ProblemsError: exit code 2.
@@ -146,18 +154,30 @@ def refuse_other_data(start: Start, fingerprint: str, config: JobConfig) -> None
     allowed = any(key.partition(".")[0] == "data" for key in config.trainer.allow_changed)
     if start.state is None or start.state.data == fingerprint or allowed:
         return
+    changed = _changed_sources(start.state, sources or {})
     raise ProblemsError(
         [
             Problem(
                 ExitCode.CONFIG,
                 "data.train_files",
-                "the content of the training files, the tokenizer or the chat template differs from what "
+                f"{changed}the content of the training files, the tokenizer or the chat template differs from what "
                 f"{start.checkpoint} was trained with",
                 "give the same data, name data.train_files in trainer.allow_changed, or choose another run folder",
                 value=config.data.train_files,
             )
         ]
     )
+
+
+def _changed_sources(state: RunState, now: Mapping[str, str]) -> str:
+    before = {name: source.data for name, source in state.sources.items() if source.data}
+    texts = {
+        "new": sorted(now.keys() - before.keys()),
+        "gone": sorted(before.keys() - now.keys()),
+        "changed": sorted(name for name in now.keys() & before.keys() if now[name] != before[name]),
+    }
+    shown = [f"{', '.join(names)} {word}" for word, names in texts.items() if names]
+    return f"data sets: {'; '.join(shown)}: " if shown else ""
 
 
 def _problem_disabled(newest: Path, run: RunFolder) -> Problem:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +12,7 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 
 from sft_job.config.schema import JobConfig
+from sft_job.config.sets import normal_sets
 
 STATE_FILE = "state.json"
 
@@ -70,6 +71,30 @@ LENGTH_KEYS = ("trainer.total_epochs", "trainer.total_training_steps")
 
 
 @dataclass(frozen=True)
+class SourceState:
+    """What a run has seen of one named data set, over all its starts.
+
+    Attributes:
+        rows: rows used; one that came up twice counts twice.
+        tokens: real tokens.
+        supervised_tokens: those of them that had a loss.
+        size: usable rows of the set.
+        data: fingerprint of its rows and its share; '' where a later start had the set no more.
+    """
+
+    rows: int
+    tokens: int
+    supervised_tokens: int
+    size: int
+    data: str
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the set's rows, as a fraction."""
+        return self.rows / self.size
+
+
+@dataclass(frozen=True)
 class RunState:
     """A run after ``step`` optimizer steps.
 
@@ -95,6 +120,7 @@ class RunState:
         contents: which tensors the checkpoint holds: model, optimizer.
         weights_sha256: of the trained weights, where they were exported with the checkpoint.
         version: of sft_job.
+        sources: named data sets, by name.
     """
 
     step: int
@@ -114,6 +140,7 @@ class RunState:
     version: str
     contents: tuple[str, ...] = ("model", "optimizer")
     weights_sha256: str = ""
+    sources: Mapping[str, SourceState] = field(default_factory=dict[str, SourceState])
     rng: str = field(default="torch: function of (trainer.seed, step, rank)")
 
     def to_json(self) -> str:
@@ -130,7 +157,8 @@ def read_state(folder: Path) -> RunState:
     """
     try:
         fields = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        return RunState(**fields | {"contents": tuple(fields["contents"])})
+        sources = {name: SourceState(**source) for name, source in fields.get("sources", {}).items()}
+        return RunState(**fields | {"contents": tuple(fields["contents"]), "sources": sources})
     except (TypeError, KeyError) as error:
         raise ValueError(f"{folder / STATE_FILE}: {error}") from error
 
@@ -147,7 +175,10 @@ def saved_config(state: RunState) -> JobConfig:
 
 def flat_config(config: JobConfig) -> dict[str, Any]:
     """All settings by their full path, in values that JSON keeps as they are."""
-    return dict(_flatten("", dataclasses.asdict(config)))
+    tree = dataclasses.asdict(config)
+    for key in ("train_files", "val_files"):
+        tree["data"][key] = normal_sets(tree["data"][key])
+    return dict(_flatten("", tree))
 
 
 def _flatten(prefix: str, tree: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -200,11 +231,17 @@ def compare_config(saved: RunState, config: JobConfig) -> Changes:
         if key in LENGTH_KEYS:
             grows = total_steps(config, saved.steps_per_epoch) - saved.total_steps
             (longer if grows > 0 else safe if grows == 0 or key in allowed else refused).append(change)
-        elif key in SAFE_KEYS or any(key == name or key.startswith(f"{name}.") for name in allowed):
+        elif _safe(key) or any(key == name or key.startswith(f"{name}.") for name in allowed):
             safe.append(change)
         else:
             refused.append(change)
     return Changes(tuple(refused), tuple(longer), tuple(safe))
+
+
+def _safe(key: str) -> bool:
+    # Of named data sets the paths may change, as those of a single one may.
+    paths = key.startswith("data.train_files.") and key.endswith(".files")
+    return key in SAFE_KEYS or paths or key.startswith("data.val_files.")
 
 
 def total_steps(config: JobConfig, steps_per_epoch: int) -> int:

@@ -40,10 +40,12 @@ _DOES: Mapping[str, str] = {
     "data.micro_batch_size_per_gpu": "rows that a Ulysses group works on at once; the result does not depend on it",
     "data.use_dynamic_bsz": "fills micro-batches by tokens instead of rows",
     "data.max_token_len_per_gpu": "tokens of a micro-batch per rank, with use_dynamic_bsz",
-    "data.train_files": "parquet to train on: a file, a folder, a glob pattern or a list of these; must be set",
-    "data.val_files": "parquet to validate on; null = no validation",
-    "data.train_max_samples": "uses only the first rows of the training files; -1 = all",
-    "data.val_max_samples": "uses only the first rows of the validation files; -1 = all",
+    "data.train_files": "parquet to train on: a file, a folder, a glob pattern or a list of these, or a "
+    "mapping of named data sets that are mixed; must be set",
+    "data.val_files": "parquet to validate on, or a mapping of named data sets, each with its own loss; null = no "
+    "validation",
+    "data.train_max_samples": "uses only the first rows of the training files, of each named set; -1 = all",
+    "data.val_max_samples": "uses only the first rows of the validation files, of each named set; -1 = all",
     "data.prompt_key": "column of the prompt; several are joined by a line break",
     "data.response_key": "column of the response; several are joined by a line break",
     "data.prompt_dict_keys": "path into a prompt column that holds structs",

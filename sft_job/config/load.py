@@ -20,6 +20,7 @@ from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from sft_job.config.fields import Field, leaf_fields, suggestion, value_at
 from sft_job.config.keys import KEYS
 from sft_job.config.schema import JobConfig
+from sft_job.config.sets import FILES, owner_of, parents, shown_parts, with_part
 from sft_job.config.settings import NULL_TAG, ForeignValue, NodeReader, Setting, wrong_type
 from sft_job.config.source import UnreadableYamlError, find_config, read_text, yaml_nodes
 from sft_job.config.verl import ALIASES
@@ -57,8 +58,13 @@ class Loaded:
     readable: bool = True
 
     def origin(self, key: str) -> str:
-        """Where a setting (or an item of it, ``optim.betas[1]``) was set; an empty text for a default value."""
-        return self.origins.get(key) or self.origins.get(key.partition("[")[0], "")
+        """Where a setting (or a part of it: ``optim.betas[1]``, ``data.train_files.math.weight``) was set.
+
+        An empty text for a default value.
+        """
+        while key and key not in self.origins:
+            key = key[: max(key.rfind("."), key.rfind("["), 0)]
+        return self.origins.get(key, "")
 
 
 def load_config(config_arg: str | None, overrides: Sequence[str], environ: Mapping[str, str]) -> Loaded:
@@ -107,9 +113,12 @@ def origins_text(loaded: Loaded) -> str:
     rows: list[tuple[str, str]] = []
     for path, leaf in leaf_fields().items():
         value = _as_written(loaded.tree, path)
-        if value != leaf.default:
-            origins = [at for key, at in loaded.origins.items() if key == path or key.startswith(f"{path}.")]
-            rows.append((f"{path} = {_one_line(value)}", ", ".join(dict.fromkeys(origins))))
+        if value == leaf.default:
+            continue
+        for part, shown in shown_parts(path, value) if path in FILES else [(path, value)]:
+            origins = [at for key, at in loaded.origins.items() if key == part or key.startswith(f"{part}.")]
+            text = ", ".join(dict.fromkeys(origins or [loaded.origin(part)]))
+            rows.append((f"{part} = {_one_line(shown)}", text))
     width = min(max((len(text) for text, _ in rows), default=0), 80)
     return "\n".join(f"{text:<{width}}   ({origin})" for text, origin in rows)
 
@@ -212,7 +221,12 @@ class _Layers:
                 self._problem(setting.written, rule, "keep one of the two", setting.value, setting.origin)
                 continue
             if self._set(setting):
-                self.origins[setting.key] = setting.origin
+                stale = [at for at in self.origins if at.startswith((f"{setting.key}.", f"{setting.key}["))]
+                for at in stale:
+                    del self.origins[at]
+                self.origins.update({setting.key: setting.origin, **setting.below})
+                for at in parents(setting.key):
+                    self.origins.setdefault(at, setting.origin)
                 self.names[setting.key] = setting.written
                 self.origins.update({f"{setting.key}[{at}]": origin for at, origin in enumerate(setting.items)})
             if setting.written != setting.key:
@@ -235,8 +249,17 @@ class _Layers:
         if isinstance(setting.value, str) and not _encodable(setting.value):
             self._problem(setting.written, "is not UTF-8 text", "write it in UTF-8", setting.value, setting.origin)
             return False
+        key, value = setting.key, setting.value
+        owner = owner_of(key)
+        if owner is not None:
+            key, value = owner, with_part(_as_written(self.tree, owner), key.removeprefix(f"{owner}."), value)
+            if value is None:
+                fix = f"give {owner} as a mapping of names in the file, or set it as a whole"
+                rule = f"{owner} has no named data sets, so there is no part to set"
+                self._problem(setting.written, rule, fix, setting.value, setting.origin)
+                return False
         try:
-            OmegaConf.update(self.tree, setting.key, setting.value, merge=False)
+            OmegaConf.update(self.tree, key, value, merge=False)
         except OmegaConfBaseException as error:
             self._wrong_type(setting, error)
             return False

@@ -49,13 +49,14 @@ class DataConfig:
     max_token_len_per_gpu: int = 8192
     """Tokens of a micro-batch per rank (times the Ulysses size per group); a longer row goes alone."""
     train_files: Any = None
-    """Parquet: a file, a folder, a glob pattern, or a list of these."""
+    """Parquet: a file, a folder, a glob pattern, or a list of these; or a mapping from the names of several data sets
+    to entries: each the same, or a mapping with the keys of ``sets.SetEntry``."""
     val_files: Any = None
-    """The same for validation; null = no validation."""
+    """The same for validation, where sets have no weight and no repeat; null = no validation."""
     train_max_samples: int = -1
-    """Use only the first rows of the training files; -1 = all."""
+    """Use only the first rows of the training files (of each named data set); -1 = all."""
     val_max_samples: int = -1
-    """Use only the first rows of the validation files; -1 = all."""
+    """Use only the first rows of the validation files (of each named data set); -1 = all."""
     prompt_key: Any = "prompt"
     """Column of the prompt, or a list of columns whose texts are joined by a line break."""
     response_key: Any = "response"

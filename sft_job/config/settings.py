@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import yaml
 
 from sft_job.config.fields import Field, join, section_paths, suggestion
 from sft_job.config.keys import FRAGMENTS
+from sft_job.config.sets import FILES, owner_of
 from sft_job.config.verl import ALIASES, FOREIGN, Alias, Foreign, foreign
 from sft_job.contract import ExitCode
 from sft_job.errors import Problem
@@ -39,6 +40,7 @@ class Setting:
         value: its value; a text with ``${...}`` is not resolved yet.
         origin: where it stands.
         items: where a list's items stand, in their order.
+        below: where the parts of named data sets stand, by full path.
         given: the value as it was written, which differs from value where another name has other words for it.
         unset: the other name was given a value that means "not set".
     """
@@ -50,6 +52,7 @@ class Setting:
     items: tuple[str, ...] = ()
     given: Any = None
     unset: bool = False
+    below: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,8 @@ class NodeReader:
             self._read_field(self.fields[alias.target], path, key_node, node, alias)
         elif owner is not None:
             self._read_free(path, owner, key_node, node)
+        elif owner_of(path) is not None:
+            self._read_sets(path, path, key_node, node)
         elif entry is not None:
             self._read_foreign(path, entry, key_node, node)
         elif path in FRAGMENTS:
@@ -174,6 +179,9 @@ class NodeReader:
     def _read_field(
         self, field: Field, written: str, key_node: yaml.Node, node: yaml.Node, alias: Alias | None = None
     ) -> None:
+        if field.path in FILES and isinstance(node, yaml.MappingNode):
+            self._read_sets(field.path, written, key_node, node)
+            return
         given = self._value(written, node)
         if given is _NO_VALUE:
             return
@@ -204,6 +212,31 @@ class NodeReader:
         value = self._value(path, node)
         if value is not _NO_VALUE:
             self.settings.append(Setting(path, path, value, self.where(key_node)))
+
+    def _read_sets(self, path: str, written: str, key_node: yaml.Node, node: yaml.Node) -> None:
+        """Named data sets, or a part of them as the command line may name it; ``sets.py`` has the rules of entries."""
+        below: dict[str, str] = {}
+        self._prepare_sets(path, node, below)
+        value = self._value(path, node)
+        if value is not _NO_VALUE:
+            where = self.where(key_node)
+            self.settings.append(Setting(path, written, _own_names(value), where, given=value, below=below))
+
+    def _prepare_sets(self, path: str, node: yaml.Node, below: dict[str, str]) -> None:
+        """Make keys texts (a set may be called 2024), duplicate ones a problem; note where each part stands."""
+        if isinstance(node, yaml.MappingNode):
+            node.value = self._pairs(path, node)
+            for key, value in node.value:
+                key.tag = f"{_TAG}str"
+                name = join(path, key.value)
+                below[name] = self.where(key)
+                self._prepare_sets(name, value, below)
+        elif isinstance(node, yaml.SequenceNode):
+            below |= {f"{path}[{at}]": self.where(item) for at, item in enumerate(node.value)}
+        elif node.tag in _PLAIN_TAGS:
+            fault = _odd(bool if path.endswith(".enable") else Any, node, self._value(path, node))
+            if fault:
+                self.problem(path, node, *fault, node.value)
 
     def _value(self, path: str, node: yaml.Node) -> Any:
         """The value that OmegaConf's loader makes of a node, or _NO_VALUE and problems."""
@@ -243,6 +276,8 @@ def _own_names(value: Any) -> Any:
     """The value with references to verl's names (``${model.path}``) turned into references to settings."""
     if isinstance(value, list):
         return [_own_names(each) for each in cast("list[Any]", value)]
+    if isinstance(value, dict):
+        return {key: _own_names(each) for key, each in cast("dict[Any, Any]", value).items()}
     if not isinstance(value, str):
         return value
     return re.sub(

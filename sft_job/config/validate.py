@@ -15,6 +15,7 @@ from sft_job.config.layout import check_layout, check_model, check_shards, layou
 from sft_job.config.model_folder import ModelFacts
 from sft_job.config.references import adapter_warnings, check_references
 from sft_job.config.schema import JobConfig
+from sft_job.config.sets import check_sets, owner_of
 from sft_job.config.topology import Topology
 from sft_job.contract import ExitCode, RunFolder, step_of
 from sft_job.errors import Problem
@@ -44,6 +45,7 @@ def validate(
     """
     problems = [*_single(config, origin), *_members(config, origin)]
     wrong = {problem.subject for problem in problems}
+    problems.extend(check_sets(config, origin))
     problems.extend(_resume(config, origin))
     problems.extend(problem for problem in check_references(config, origin) if problem.subject not in wrong)
     problems.extend(check_layout(config, topology, model, origin))
@@ -105,14 +107,19 @@ _POSITIVE = _number("a finite number above 0", lambda value: value > 0)
 _NOT_NEGATIVE = _number("a finite number from 0", lambda value: value >= 0)
 _SHARE = _number("a number from 0 to 1", lambda value: 0 <= value <= 1)
 _DTYPE = _one_of("bf16", "fp32", "fp64")
+_PATHS = _names("a path")
+_FILES = _Rule(
+    f"{_PATHS.text}, a mapping of named data sets, or null",
+    lambda value: value is None or isinstance(value, dict) or _PATHS.holds(value),
+)
 _NOT_EMPTY = _Rule("must not be empty", lambda value: value != "" and value != [])
 
 _RULES: Mapping[str, _Rule] = {
     "data.train_batch_size": _at_least(1),
     "data.micro_batch_size_per_gpu": _at_least(1),
     "data.max_token_len_per_gpu": _at_least(1),
-    "data.train_files": _or(None, _names("a path")),
-    "data.val_files": _or(None, _names("a path")),
+    "data.train_files": _FILES,
+    "data.val_files": _FILES,
     "data.train_max_samples": _or(-1, _at_least(1)),
     "data.val_max_samples": _or(-1, _at_least(1)),
     "data.prompt_key": _names("a column name"),
@@ -188,7 +195,7 @@ def _hint(value: Any, rule: _Rule) -> str:
 
 def _members(config: JobConfig, origin: Callable[[str], str]) -> list[Problem]:
     """Rules for each member of a list."""
-    known_key = _Rule("must be the full path of a setting", lambda key: key in KEYS)
+    known_key = _Rule("must be the full path of a setting", lambda key: key in KEYS or owner_of(key) is not None)
     problems: list[Problem] = []
     for key, rule in {**_MEMBER_RULES, "trainer.allow_changed": known_key}.items():
         for index, member in enumerate(cast("list[str]", value_at(config, key))):

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from sft_job.data.cache import TokenCache, TokenRow
+from sft_job.data.cache import TokenRow
+from sft_job.data.mixture import Rows, SourceCounts, count_sources
 from sft_job.data.order import StepRows
 from sft_job.data.packing import PackSettings, plan_batch
 
@@ -120,6 +121,7 @@ class StepBatch:
         micro_batches: those of this rank; all ranks have equally many.
         num_targets: trained tokens of the global batch: the loss's divisor.
         num_tokens: real tokens of the global batch.
+        sources: what the global batch takes of each named data set.
     """
 
     step: int
@@ -128,6 +130,7 @@ class StepBatch:
     micro_batches: list[PackedBatch]
     num_targets: int
     num_tokens: int
+    sources: Mapping[str, SourceCounts] = field(default_factory=dict[str, SourceCounts])
 
 
 class BatchLoader:
@@ -135,7 +138,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        cache: TokenCache,
+        cache: Rows,
         order: StepRows,
         settings: PackSettings,
         *,
@@ -181,6 +184,7 @@ class BatchLoader:
             micro_batches=[self._pack(rows) for rows in plan[self._dp_rank]],
             num_targets=int(self._cache.targets[row_ids].sum(dtype=np.int64)),
             num_tokens=int(self._cache.lengths[row_ids].sum(dtype=np.int64)),
+            sources=count_sources(self._cache, row_ids),
         )
 
     def steps(self, start_step: int, end_step: int) -> Generator[StepBatch, None, None]:

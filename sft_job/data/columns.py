@@ -6,13 +6,14 @@ Free of torch and transformers, so that a config can be checked on a login node.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pyarrow as pa
 from omegaconf import OmegaConf
 
 from sft_job.config.schema import DataConfig, MultiturnConfig
+from sft_job.config.sets import DataSet
 from sft_job.data.faults import Fault
 
 
@@ -94,6 +95,16 @@ def message_columns(data: DataConfig) -> tuple[Column, ...]:
             optional=thinking == usual.enable_thinking_key,
         ),
     )
+
+
+def own_options(columns: Sequence[Column], of: DataSet) -> list[Column]:
+    """The columns with the options of a named data set for those that its own entry names, for messages."""
+    named: list[Column] = []
+    for column in columns:
+        key = column.option.rpartition(".")[2]
+        own = of.name != "" and getattr(of.entry, key, None) is not None
+        named.append(replace(column, option=f"{of.option}.{key}") if own else column)
+    return named
 
 
 def is_text(kind: pa.DataType) -> bool:

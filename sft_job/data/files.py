@@ -19,8 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sft_job.config.schema import JobConfig
+from sft_job.config.sets import Split, check_sets, data_sets
 from sft_job.contract import ExitCode
-from sft_job.data.columns import Column, message_columns, plain, text_columns, type_fault
+from sft_job.data.columns import Column, message_columns, own_options, plain, text_columns, type_fault
 from sft_job.data.custom import custom_class
 from sft_job.data.footer import UNREADABLE, Group, footer_fault, read_groups
 from sft_job.errors import Problem, ProblemsError
@@ -291,20 +292,24 @@ def check_data(config: JobConfig) -> list[Problem]:
     """What is wrong with the training and validation files, by their paths, footers and schemas alone.
 
     With a data set class of the user's own, the paths and the class's file: what is in the files is the class's matter.
+    A split whose named sets have faulty settings is not looked at.
     """
-    prompt, response = text_columns(config.data)
-    columns = message_columns(config.data) or (*prompt, *response)
     problems: list[Problem] = []
     by_class = True
     try:
         by_class = custom_class(config.data) is not None
     except ProblemsError as error:
         problems += error.problems
-    for key, value in (("data.train_files", config.data.train_files), ("data.val_files", config.data.val_files)):
-        if value is None and key == "data.val_files":
+    faulty = check_sets(config, lambda _: "")
+    splits: tuple[Split, Split] = ("train", "val")
+    for split in splits:
+        if any(problem.subject.startswith(f"data.{split}_files") for problem in faulty):
             continue
-        files, not_found = resolve_files(value, key)
-        problems += not_found
-        if not by_class:
-            problems += check_files(files, columns, key)
+        for each in data_sets(config.data, split):
+            prompt, response = text_columns(each.data)
+            columns = message_columns(each.data) or (*prompt, *response)
+            files, not_found = resolve_files(each.entry.files, each.option)
+            problems += not_found
+            if not by_class:
+                problems += check_files(files, own_options(columns, each), each.option)
     return problems

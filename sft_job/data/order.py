@@ -5,6 +5,7 @@ World size plays no part, so a run that goes on with another number of ranks see
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -64,8 +65,20 @@ class RowOrder:
         steps_per_epoch: optimizer steps of an epoch.
     """
 
-    def __init__(self, seed: int, num_rows: int, batch_size: int) -> None:
+    def __init__(
+        self, seed: int, num_rows: int, batch_size: int, rows_of: Callable[[int, RowIds], RowIds] | None = None
+    ) -> None:
+        """Set up; the first permutation is made when it is asked for.
+
+        Args:
+            seed: any integer.
+            num_rows: entries of an epoch.
+            batch_size: entries of a step.
+            rows_of: from an epoch and some of its entries to the rows that these stand for; None = the entries are the
+                rows.
+        """
         self.seed = seed
+        self.rows_of = rows_of
         self.num_rows = num_rows
         self.batch_size = batch_size
         self.steps_per_epoch = steps_per_epoch(num_rows, batch_size)
@@ -83,7 +96,8 @@ class RowOrder:
             self._permutation = epoch_order(self.seed, epoch, self.num_rows)
             self._epoch = epoch
         first = step % self.steps_per_epoch * self.batch_size
-        return self._permutation[first : first + self.batch_size]
+        entries = self._permutation[first : first + self.batch_size]
+        return entries if self.rows_of is None else self.rows_of(epoch, entries)
 
 
 class FileOrder:

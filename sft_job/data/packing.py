@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -49,8 +49,16 @@ def pack_settings(config: JobConfig) -> PackSettings:
     return PackSettings(rows=config.data.micro_batch_size_per_gpu, pack=config.use_remove_padding)
 
 
+class Lengths(Protocol):
+    """Tokens of each row, looked up for many rows at once; an array, or several that stand for one."""
+
+    def __getitem__(self, rows: npt.NDArray[np.int64], /) -> npt.NDArray[np.int32]:
+        """Lengths of these rows."""
+        ...
+
+
 def plan_batch(
-    lengths: npt.NDArray[np.int32], rows: Sequence[int] | npt.NDArray[np.int64], dp_size: int, settings: PackSettings
+    lengths: Lengths, rows: Sequence[int] | npt.NDArray[np.int64], dp_size: int, settings: PackSettings
 ) -> Plan:
     """Give each row of a global batch to a rank and a micro-batch.
 

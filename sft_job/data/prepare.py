@@ -13,13 +13,14 @@ from typing import Any
 from sft_job.config.schema import JobConfig
 from sft_job.contract import ExitCode, RunFolder
 from sft_job.data.build import Progress
-from sft_job.data.cache import CacheSpec, TokenCache, cache_spec, judge_rows, open_or_build
+from sft_job.data.cache import CacheSpec, TokenCache, judge_rows, open_or_build
 from sft_job.data.faults import Judged
 from sft_job.data.files import check_files
+from sft_job.data.mixture import MixedSet, Mixture
 from sft_job.data.rejected import write_rejected_rows
 from sft_job.data.shm import SHM, Warn, to_shm
-from sft_job.data.spec import Split
-from sft_job.data.template_check import check_template
+from sft_job.data.spec import Split, cache_specs
+from sft_job.data.template_check import check_templates
 from sft_job.data.workers import available_cores
 from sft_job.errors import JobError, Problem, ProblemsError, raise_problems
 
@@ -29,21 +30,24 @@ class PreparedSet:
     """One data set of a run.
 
     Attributes:
-        split: what it is for.
-        name: its name within the split.
+        spec: what it is made from.
         cache: its rows.
         judged: what its rejected rows mean for the run.
     """
 
-    split: Split
-    name: str
+    spec: CacheSpec
     cache: TokenCache
     judged: Judged
+
+    @property
+    def name(self) -> str:
+        """Its name; that of the split where sets have no names."""
+        return self.spec.source.name if self.spec.source else self.spec.split
 
 
 def prepare(
     config: JobConfig, run: RunFolder, progress: Progress | None = None, warn: Warn | None = None, shm: Path = SHM
-) -> tuple[TokenCache, TokenCache | None]:
+) -> tuple[TokenCache | Mixture, TokenCache | Mixture | None]:
     """Test the chat template, then open or build the caches of the training and the validation rows.
 
     ``logs/data_report.json`` and ``logs/rejected_rows.parquet`` are written, also where the rows are refused.
@@ -51,15 +55,15 @@ def prepare(
     Args:
         config: the run's settings.
         run: its folder, which holds the caches unless ``data.cache_dir`` names another place.
-        progress: called with rows done and rows in all, for one split after the other.
+        progress: called with rows done and rows in all, for one data set after the other.
         warn: takes the text of a warning; by default this package's Python logger.
         shm: where ``data.use_shm`` puts copies of the files.
 
     Returns:
-        Training rows, and validation rows or None.
+        Training rows, and validation rows or None. Named data sets have a cache each, under a mixture.
 
     Raises:
-        ProblemsError: all that is wrong with both splits: exit 65, 66 or 2; 73 for the cache's folder.
+        ProblemsError: all that is wrong with all data sets: exit 65, 66 or 2; 73 for the cache's folder.
         JobError: exit 137, where a worker process was killed; 73 where the logs cannot be written.
     """
     folder = Path(config.data.cache_dir).expanduser() if config.data.cache_dir else run.cache
@@ -71,20 +75,18 @@ def prepare(
     splits: tuple[Split, Split] = ("train", "val")
     for split in splits:
         try:
-            spec = cache_spec(config, split)
+            specs += cache_specs(config, split)
         except ProblemsError as error:
             problems += error.problems
-        else:
-            specs += [spec] if spec else []
     if specs:
         try:
-            template = check_template(specs[0], config.data.multiturn.enable)
+            template = check_templates(specs)
         except ProblemsError as error:
             problems += error.problems
         else:
             problems += template.problems
             for line in template.warnings:
-                (warn or logging.getLogger("sft_job").warning)(line)
+                warn(line)
     for spec in specs:
         try:
             if problems:  # the run ends anyway: only what is quick to find out
@@ -94,7 +96,7 @@ def prepare(
                     spec = replace(spec, copies=tuple(to_shm(spec.files, shm, warn)))
                 cache = open_or_build(spec, folder, workers, progress)
                 judged = judge_rows(cache, spec, config.data.max_rejected_fraction, run.rejected_rows)
-                sets.append(PreparedSet(spec.split, spec.split, cache, judged))
+                sets.append(PreparedSet(spec, cache, judged))
         except ProblemsError as error:
             problems += error.problems
     problems += [problem for prepared in sets for problem in prepared.judged.problems]
@@ -104,14 +106,27 @@ def prepare(
     for prepared in sets:
         if prepared.judged.warning:
             warn(prepared.judged.warning)
-    caches = {prepared.split: prepared.cache for prepared in sets}
-    return caches["train"], caches.get("val")
+    train, val = ([_mixed(each) for each in sets if each.spec.split == split] for split in splits)
+    return _rows(train), _rows(val) if val else None
+
+
+def _mixed(prepared: PreparedSet) -> MixedSet:
+    if prepared.spec.source is None:
+        return MixedSet("", prepared.cache)
+    entry = prepared.spec.source.entry
+    weight, repeat = (None if share is None else float(share) for share in (entry.weight, entry.repeat))
+    return MixedSet(prepared.spec.source.name, prepared.cache, weight, repeat)
+
+
+def _rows(sets: list[MixedSet]) -> TokenCache | Mixture:
+    """A set without a name is the only one."""
+    return sets[0].cache if not sets[0].name else Mixture(sets)
 
 
 def _write_logs(run: RunFolder, sets: Sequence[PreparedSet]) -> None:
     try:
         write_rejected_rows(
-            run.rejected_rows, [(each.split, each.name, each.cache.files, each.cache.rejected) for each in sets]
+            run.rejected_rows, [(each.spec.split, each.name, each.cache.files, each.cache.rejected) for each in sets]
         )
         write_report(run, sets)
     except OSError as error:
@@ -132,7 +147,7 @@ def write_report(run: RunFolder, sets: Sequence[PreparedSet]) -> None:
     report: dict[Split, list[dict[str, Any]]] = {"train": [], "val": []}
     for each in sets:
         warnings = [each.judged.warning] if each.judged.warning else []
-        report[each.split].append(set_report(each.name, each.cache, warnings))
+        report[each.spec.split].append(set_report(each.name, each.cache, warnings))
     run.logs.mkdir(parents=True, exist_ok=True)
     temporary = run.data_report.with_name(f".{run.data_report.name}.{uuid.uuid4().hex}")
     temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

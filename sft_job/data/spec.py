@@ -6,11 +6,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from sft_job.config.schema import JobConfig
+from sft_job.config.sets import DataSet, Split, data_sets
 from sft_job.contract import ExitCode
 from sft_job.data.columns import Column, message_columns, plain, text_columns
 from sft_job.data.custom import CustomClass, custom_class
@@ -19,7 +20,6 @@ from sft_job.data.render import fingerprint as renderer_fingerprint
 from sft_job.data.tokenizer import folder_problem, template_text
 from sft_job.errors import Problem, ProblemsError
 
-Split = Literal["train", "val"]
 # hashlib lets go of the interpreter's lock, and a network file system answers many readers faster than one.
 _THREADS = 16
 
@@ -45,6 +45,7 @@ class CacheSpec:
         allow_control_tokens: control tokens in a row's text act as control tokens.
         custom: the user's class that reads the files and makes tokens of them; None = the job's own way.
         copies: copies of the files, in the same order, which are read in their place; messages name the files.
+        source: the named data set that this is; None where sets have no names. Names and shares make no other tokens.
     """
 
     split: Split
@@ -63,6 +64,7 @@ class CacheSpec:
     train_on: str = "all"
     custom: CustomClass | None = None
     copies: tuple[Path, ...] = ()
+    source: DataSet | None = None
 
     @property
     def sources(self) -> tuple[Path, ...]:
@@ -77,7 +79,7 @@ class CacheSpec:
     @property
     def files_option(self) -> str:
         """The option that names the files."""
-        return f"data.{self.split}_files"
+        return self.source.option if self.source else f"data.{self.split}_files"
 
     @property
     def columns(self) -> tuple[Column, ...]:
@@ -135,8 +137,33 @@ def _content_hash(file: Path) -> str | OSError:
         return error
 
 
-def cache_spec(config: JobConfig, split: Split) -> CacheSpec | None:
-    """The spec that a config asks for; None where it has no validation files.
+def cache_specs(config: JobConfig, split: Split) -> list[CacheSpec]:
+    """The specs of a split's data sets, by name; one without a source where they have no names; none without files.
+
+    Raises:
+        ProblemsError: everything that is wrong with any of them, as ``cache_spec`` says.
+    """
+    specs: list[CacheSpec] = []
+    problems: list[Problem] = []
+    for each in data_sets(config.data, split):
+        try:
+            spec = cache_spec(replace(config, data=each.data), split, each.option)
+        except ProblemsError as error:
+            problems += [problem for problem in error.problems if problem not in problems]
+        else:
+            specs += [replace(spec, source=each) if each.name else spec] if spec else []
+    if problems:
+        raise ProblemsError(problems)
+    return specs
+
+
+def cache_spec(config: JobConfig, split: Split, option: str | None = None) -> CacheSpec | None:
+    """The spec that a config without named sets asks for; None where it has no validation files.
+
+    Args:
+        config: the run's settings.
+        split: which files.
+        option: what names the files in messages; None = the option itself.
 
     Raises:
         ProblemsError: everything that is wrong with the files' paths, the tokenizer's folder, the template's path and
@@ -146,7 +173,7 @@ def cache_spec(config: JobConfig, split: Split) -> CacheSpec | None:
     value = data.train_files if split == "train" else data.val_files
     if value is None and split == "val":
         return None
-    files, problems = resolve_files(value, f"data.{split}_files")
+    files, problems = resolve_files(value, option or f"data.{split}_files")
     folder = Path(config.model.partial_pretrain).expanduser() if config.model.partial_pretrain else None
     if problem := folder_problem(folder):
         problems.append(problem)

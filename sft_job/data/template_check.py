@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ __all__ = [
     "Subject",
     "TemplateReport",
     "check_template",
+    "check_templates",
     "message_subject",
     "prompt_subject",
     "saved_stops",
@@ -36,14 +37,31 @@ __all__ = [
 ]
 
 
-def check_template(spec: CacheSpec, messages: bool = False) -> TemplateReport:
+def check_templates(specs: Iterable[CacheSpec]) -> TemplateReport:
+    """The self-tests of all data sets as one: once for rows of prompt and response, once for conversations.
+
+    Raises:
+        ProblemsError: exit 66, where the tokenizer cannot be loaded.
+    """
+    joined = TemplateReport()
+    for spec in {bool(spec.messages): spec for spec in specs}.values():
+        report = check_template(spec)
+        for all_, of_this in (
+            (joined.problems, report.problems),
+            (joined.warnings, report.warnings),
+            (joined.found, report.found),
+        ):
+            all_ += [each for each in of_this if each not in all_]
+    return joined
+
+
+def check_template(spec: CacheSpec) -> TemplateReport:
     """Run the self-test on the tokenizer and template of a split; loads the tokenizer.
 
     Nothing is looked at where rows come from a class of the user's own, which makes its tokens itself.
 
     Args:
-        spec: the split.
-        messages: its rows are conversations.
+        spec: the data set.
 
     Raises:
         ProblemsError: exit 66, where the tokenizer cannot be loaded.
@@ -56,7 +74,7 @@ def check_template(spec: CacheSpec, messages: bool = False) -> TemplateReport:
         "template_kwargs": spec.template_kwargs,
         "allow_control_tokens": spec.allow_control_tokens,
     }
-    make = message_subject if messages else prompt_subject
+    make = message_subject if spec.messages else prompt_subject
     try:
         subject = make(tokenizer, spec.tokenizer, **options)
     except ProblemsError as error:

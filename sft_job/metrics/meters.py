@@ -131,6 +131,20 @@ class StepMeter:
         }
 
 
+def source_record(sources: Mapping[str, tuple[int, int, float]]) -> Record:
+    """What a run has seen of its named data sets so far.
+
+    Args:
+        sources: name -> real tokens, tokens with a loss, passes over the set's rows.
+    """
+    record: Record = {}
+    for name, (tokens, supervised_tokens, epoch) in sources.items():
+        record[f"data/{name}/tokens"] = tokens
+        record[f"data/{name}/supervised_tokens"] = supervised_tokens
+        record[f"data/{name}/epoch"] = epoch
+    return record
+
+
 def validation_record(step: int, loss: float, by_name: Mapping[str, float] | None = None) -> Record:
     """A validation line: ``val/loss`` over all rows, and ``val/<name>/loss`` where there are named sets."""
     named = {f"val/{name}/loss": value for name, value in (by_name or {}).items()}
