@@ -132,7 +132,8 @@ def _resolved(
     for option, value in (("--html", options.html), ("--json", options.json)):
         if value is not None and str(value) != STDOUT and (problem := _unwritable(option, Path(value))):
             problems.append(problem)
-    raise_problems(problems)
+    # Faults of the model's folder are told together with others, but alone they leave what is shown here as it is.
+    raise_problems([*problems, *left] if problems else [])
     return resolution
 
 
@@ -205,7 +206,10 @@ def _find(text: str, cache: TokenCache, spec: CacheSpec) -> int | PreviewRow:
     found = cache.find(spec.origins[file], number)
     if found:
         return found[0]
-    reason = reject_reason(spec, file, number) or f"beyond data.train_max_samples = {spec.max_samples:,}"
+    unused = (
+        f"beyond data.train_max_samples = {spec.max_samples:,}" if spec.max_samples >= 0 else "not in the token cache"
+    )
+    reason = reject_reason(spec, file, number) or unused
     return PreviewRow(spec.origins[file], number, reject_reason=reason)
 
 
@@ -221,8 +225,11 @@ def _rejected_alone(text: str | None, spec: CacheSpec) -> PreviewRow | None:
 def _show_rejected(row: PreviewRow, options: PreviewOptions, texts: TokenTexts) -> None:
     if options.json is not None:
         _write_lines(options.json, json_lines([(None, row)], texts))
+    console = _console(options)
     if options.json != STDOUT:
-        show_rejected(_console(options), row)
+        show_rejected(console, row)
+    if options.html is not None:
+        console.print(f"{options.html} is not written: the row is in no pack", markup=False, soft_wrap=True)
 
 
 def _write_lines(target: str, lines: Iterator[str]) -> None:

@@ -20,7 +20,7 @@ from sft_job.preview.text import TokenTexts, one_line
 _MOST_NEIGHBOUR_TOKENS = 300_000
 # Rows from here on take the page's whole width.
 _WIDE_TOKENS = 1200
-_CHART = {"width": 640, "height": 180, "left": 52, "bottom": 34}
+_CHART = {"width": 640, "height": 180, "left": 52, "right": 24, "bottom": 34}
 
 
 def write_page(
@@ -157,7 +157,7 @@ def _report(report: SetReport) -> dict[str, Any]:
 
 def _chart(report: SetReport) -> dict[str, Any]:
     """The histogram's geometry in the units of its viewBox."""
-    width, height = _CHART["width"] - _CHART["left"], _CHART["height"] - _CHART["bottom"] - 10
+    width, height = _CHART["width"] - _CHART["left"] - _CHART["right"], _CHART["height"] - _CHART["bottom"] - 10
     bins, most = report.bins(), max(report.rows, default=0) or 1
     step = width / max(1, len(bins))
     every = -(-len(bins) // 8)
@@ -176,5 +176,7 @@ def _chart(report: SetReport) -> dict[str, Any]:
         for number, edge in enumerate(report.edges)
         if number % every == 0
     ]
-    ticks = [(10, f"{most:,}"), (10 + height / 2, f"{most / 2:,.0f}" if most > 1 else ""), (10 + height, "0")]
+    ticks = [
+        (round(10 + height - height * rows / most, 2), f"{rows:,}") for rows in dict.fromkeys((0, most // 2, most))
+    ]
     return {**_CHART, "bars": bars, "labels": labels, "ticks": ticks, "base": 10 + height}

@@ -35,7 +35,7 @@ def find_file(text: str, files: Sequence[Path]) -> tuple[int, int]:
         raise ProblemsError([Problem(ExitCode.CONFIG, _OPTION, rule, _example(files), text)])
     wanted = Path(name).expanduser()
     # A file that is listed several times has several indices; its first one serves.
-    found = {file: index for index, file in reversed(list(enumerate(files))) if _ends_with(file, wanted)}
+    found = {file: files.index(file) for file in files if _ends_with(file, wanted)}
     if len(found) == 1:
         return next(iter(found.values())), int(digits)
     listed = [str(file) for file in (found or dict.fromkeys(files))]

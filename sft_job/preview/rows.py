@@ -183,13 +183,13 @@ class TrainingStream:
         )
 
     def packs(self, step: int) -> Iterator[Pack]:
-        """Packs of a step and of those after it, up to the run's end; without those that hold no row."""
-        for later in range(step, self.total_steps + 1):
+        """Packs of a step and of the later ones of its epoch; without those that hold no row."""
+        for later in range(step, min(self._epoch_end(step), self.total_steps) + 1):
             plan = self.plan(later)
             yield from (self._pack(slot, ids) for slot, ids in zip(plan.slots, plan.rows, strict=True) if ids)
 
     def first_rows(self, step: int, count: int) -> list[tuple[Pack, list[PreviewRow]]]:
-        """The first ``count`` rows from a step on, pack by pack."""
+        """The first ``count`` rows from a step on, pack by pack, as far as its epoch goes: none twice."""
         chosen: list[tuple[Pack, list[PreviewRow]]] = []
         for pack in self.packs(step):
             rows = list(islice(pack.rows, count))
@@ -201,13 +201,17 @@ class TrainingStream:
 
     def pack_of(self, index: int, step: int) -> tuple[Pack, PreviewRow]:
         """The pack in which a row is trained, in the epoch of ``step``, by its number in the cache."""
-        per_epoch = self._order.steps_per_epoch
-        first = (step - 1) // per_epoch * per_epoch
-        found = next(later for later in range(first, first + per_epoch) if index in self._order.rows(later))
-        plan = self.plan(found + 1)
+        end = self._epoch_end(step)
+        steps = range(end - self._order.steps_per_epoch + 1, end + 1)
+        plan = self.plan(next(number for number in steps if index in self._order.rows(number - 1)))
         slot, ids = next((slot, ids) for slot, ids in zip(plan.slots, plan.rows, strict=True) if index in ids)
         pack = self._pack(slot, ids)
         return pack, next(row for row in pack.rows if row.index == index)
+
+    def _epoch_end(self, step: int) -> int:
+        """Last step of the epoch that a step belongs to."""
+        per_epoch = self._order.steps_per_epoch
+        return -(-step // per_epoch) * per_epoch
 
     def _pack(self, slot: Slot, ids: Sequence[int]) -> Pack:
         tokens = [self.cache.row(index) for index in ids]

@@ -56,12 +56,8 @@ def show_rows(
             more = ", ..." if left > 3 else ""
             console.print(_plain(f"  and {left:,} more in this pack: {names}{more}", "dim"))
         if pack.padding:
-            console.print(
-                _plain(
-                    f"  padding: {pack.padding:,} {'tokens' if pack.padding > 1 else 'token'} at the end, a document of its own",
-                    "dim",
-                )
-            )
+            tokens = f"{pack.padding:,} {'tokens' if pack.padding > 1 else 'token'}"
+            console.print(_plain(f"  padding: {tokens} at the end, a document of its own", "dim"))
 
 
 def show_rejected(console: Console, row: PreviewRow) -> None:
@@ -137,7 +133,7 @@ def _show_row(console: Console, pack: Pack, row: PreviewRow, texts: TokenTexts, 
         body.append_text(_marked(part, view.boundaries) if view.marks else _coloured(part, view.boundaries))
     # Line breaks of the text keep the row's indentation.
     lines = body.split("\n")
-    console.print(Text("\n    ").join(lines), soft_wrap=view.marks, overflow="fold")
+    console.print(Text("\n    ").join(lines), soft_wrap=view.marks)
 
 
 def _coloured(pieces: Sequence[Piece], boundaries: bool) -> Text:
@@ -175,7 +171,7 @@ def _legend(view: View) -> Text:
 
 
 def _plain(text: str, style: str = "") -> Text:
-    return Text(text, style, overflow="fold")
+    return Text(text, style)
 
 
 def show_report(console: Console, report: SetReport) -> None:

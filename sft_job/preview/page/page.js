@@ -4,7 +4,6 @@ const BLOCK_TOKENS = 400;
 const rows = JSON.parse(document.getElementById("data").textContent);
 const tip = document.getElementById("tip");
 let here = null;
-let moved = 0;
 
 document.getElementById("boundaries").addEventListener("change", (event) => {
   document.body.classList.toggle("boundaries", event.target.checked);
@@ -37,21 +36,45 @@ function prepare(row) {
 }
 
 function draw(block, row) {
+  if (block.firstChild) return;
   const [first, last] = row.blocks[block.dataset.block];
-  const text = block.lastChild;
-  if (text.firstChild) return;
-  const made = document.createDocumentFragment();
+  let text = null;
   for (let piece = first; piece < last; piece++) {
+    text = text || newLine(block, row.position + row.starts[piece]);
     const token = document.createElement("span");
     token.className = "t" + (row.trained[row.starts[piece]] ? " tr" : "") + (row.isSpecial.has(piece) ? " sp" : "");
     token.dataset.piece = piece;
     const shown = row.pieces[piece];
-    // A line break at a block's end would make an empty line.
-    token.textContent = piece === last - 1 && shown.endsWith("\n") && block.nextSibling ? shown.slice(0, -1) : shown;
-    made.append(token);
+    const ends = shown.endsWith("\n");
+    token.textContent = ends ? shown.slice(0, -1) : shown;
+    text.append(token);
+    if (ends) text = null;
   }
-  text.append(made);
-  text.style.minHeight = "";
+  block.style.minHeight = "";
+}
+
+function linesOf(row, number) {
+  // About: the line breaks, and what 80 characters a line make of the rest.
+  const [first, last] = row.blocks[number];
+  let lines = 1, width = 0;
+  for (let piece = first; piece < last; piece++) {
+    width += row.pieces[piece].length;
+    if (row.pieces[piece].endsWith("\n") || width > 80) { lines++; width = 0; }
+  }
+  return lines;
+}
+
+function newLine(block, position) {
+  const line = document.createElement("div");
+  line.className = "line";
+  const at = document.createElement("span");
+  at.className = "at";
+  at.textContent = position.toLocaleString("en");
+  const text = document.createElement("span");
+  text.className = "text";
+  line.append(at, text);
+  block.append(line);
+  return text;
 }
 
 const near = new IntersectionObserver((entries) => {
@@ -66,17 +89,11 @@ for (const box of document.querySelectorAll(".tokens")) {
   const row = rows[box.dataset.row];
   prepare(row);
   box.textContent = "";
-  row.blocks.forEach(([first], number) => {
+  row.blocks.forEach((_, number) => {
     const block = document.createElement("div");
     block.className = "block";
     block.dataset.block = number;
-    const at = document.createElement("span");
-    at.className = "at";
-    at.textContent = (row.position + row.starts[first]).toLocaleString("en");
-    const text = document.createElement("span");
-    text.className = "text";
-    text.style.minHeight = "4em";
-    block.append(at, text);
+    block.style.minHeight = 1.75 * linesOf(row, block.dataset.block) + "em";
     box.append(block);
     near.observe(block);
   });
@@ -112,7 +129,11 @@ function show(token) {
     line("label", label),
   );
   tip.hidden = false;
-  const at = token.getClientRects()[0] || token.getBoundingClientRect();
+  place();
+}
+
+function place() {
+  const at = here.getClientRects()[0] || here.getBoundingClientRect();
   const left = Math.max(8, Math.min(at.left, innerWidth - tip.offsetWidth - 8));
   const below = at.bottom + 8 + tip.offsetHeight < innerHeight;
   tip.style.left = left + "px";
@@ -131,42 +152,66 @@ function tokenAt(box, piece) {
   const number = row.blocks.findIndex(([first, last]) => first <= wanted && wanted < last);
   const block = box.children[number];
   draw(block, row);
-  return block.lastChild.children[wanted - row.blocks[number][0]];
+  return block.querySelector(`[data-piece="${wanted}"]`);
 }
 
 function stretch(row, piece, step) {
-  // First piece of the next or the previous trained stretch.
+  // First piece of the next or the previous trained stretch; where there is none, the piece itself.
   const begins = (at) => row.trained[row.starts[at]] && !(at && row.trained[row.starts[at - 1]]);
   for (let at = piece + step; at >= 0 && at < row.pieces.length; at += step) if (begins(at)) return at;
-  return piece;
+  return Math.max(piece, 0);
 }
 
 document.addEventListener("mouseover", (event) => {
   const token = event.target.closest(".tokens .t");
   if (token) show(token); else hide();
 });
+function go(box, piece, block) {
+  const token = tokenAt(box, piece);
+  const move = () => {
+    token.scrollIntoView({ block });
+    show(token);
+  };
+  move();
+  // Blocks on the way are drawn now, and are seldom as high as was guessed.
+  setTimeout(() => { if (here === token) move(); }, 120);
+}
+
+function pieceHere(box) {
+  return here && box.contains(here) ? Number(here.dataset.piece) : -1;
+}
+
 document.addEventListener("click", (event) => {
   const token = event.target.closest(".tokens .t");
-  if (token) show(token); else hide();
+  const jump = event.target.closest("[data-jump]");
+  if (token) {
+    show(token);
+  } else if (jump) {
+    const box = document.querySelector(`.tokens[data-row="${jump.dataset.row}"]`);
+    const before = Number(box.dataset.at || -1);
+    box.dataset.at = stretch(rows[jump.dataset.row], before, Number(jump.dataset.jump));
+    go(box, Number(box.dataset.at), "center");
+  } else {
+    hide();
+  }
 });
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") return hide();
   const box = document.activeElement.closest && document.activeElement.closest(".tokens");
   if (!box || event.ctrlKey || event.metaKey || event.altKey) return;
   const row = rows[box.dataset.row];
-  const piece = here && box.contains(here) ? Number(here.dataset.piece) : -1;
+  const piece = pieceHere(box);
   const moves = {
     ArrowRight: () => piece + 1, ArrowLeft: () => piece - 1, Home: () => 0, End: () => row.pieces.length - 1,
     n: () => stretch(row, piece, 1), p: () => stretch(row, piece, -1),
   };
   if (!(event.key in moves)) return;
   event.preventDefault();
-  const token = tokenAt(box, moves[event.key]());
-  moved = performance.now();
-  token.scrollIntoView({ block: "nearest" });
-  show(token);
+  go(box, moves[event.key](), "nearest");
 });
-// Scrolling takes the token away from under its box, unless the keyboard scrolled.
 document.addEventListener("scroll", () => {
-  if (performance.now() - moved > 300) hide();
+  if (!here) return;
+  const token = here.getBoundingClientRect(), box = here.closest(".tokens").getBoundingClientRect();
+  const seen = token.bottom > Math.max(0, box.top) && token.top < Math.min(innerHeight, box.bottom);
+  if (seen) place(); else hide();
 }, { capture: true, passive: true });
