@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
@@ -76,7 +77,7 @@ def preview_job(
         options: what to show.
     """
     for stream in (sys.stdout, sys.stderr):  # a row may hold what the terminal's encoding cannot say
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         _preview(config_arg, overrides, environ, options)

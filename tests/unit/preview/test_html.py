@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -13,7 +15,8 @@ from sft_job.data.cache import TokenCache
 from sft_job.preview import html
 from sft_job.preview.html import write_page
 from sft_job.preview.report import set_report
-from sft_job.preview.text import TokenTexts
+from sft_job.preview.rows import PreviewRow
+from sft_job.preview.text import Piece, TokenTexts
 from tests.unit.preview.conftest import MakeStream
 
 _VOID = {"meta", "input", "link", "br", "img", "rect", "line"}
@@ -77,6 +80,29 @@ def test_nothing_is_fetched_and_nothing_of_a_row_is_markup(page) -> None:
     assert all((value or "").startswith("#") for name, value in parsed.attributes if name in ("href", "action"))
     assert not re.search(r"https?:|url\(|@import|fetch\(|XMLHttp|innerHTML|document\.write|eval\(", text)
     assert "alert(1)" not in text.replace(max(parsed.scripts, key=len), "")
+
+
+class Hostile:
+    """A tokenizer with markup in a token."""
+
+    def pieces(self, row: PreviewRow) -> list[Piece]:
+        return [Piece(0, len(row.input_ids), "</script><img src=x onerror=alert(1)><!--", False, False)]
+
+
+def test_a_token_and_a_name_that_are_markup(stream: MakeStream, cache: TokenCache, tmp_path: Path) -> None:
+    subject = stream()
+    pack, _ = subject.first_rows(1, 1)[0]
+    name = Path("</style></title><img src=y onerror=alert(2)>\"'.parquet")
+    rows = tuple(replace(row, file=name) for row in pack.rows)
+    report = replace(set_report("<img src=z>", cache), name="<img src=z>", notes=("<img src=n>",))
+    report = replace(report, files=tuple({**file, "path": str(name)} for file in cache.report["files"]))
+    texts = cast(TokenTexts, Hostile())
+    write_page(tmp_path / "a.html", [(replace(pack, rows=rows), rows)], subject.plan(1), 1, [report], texts)
+    parsed = Page((tmp_path / "a.html").read_text(encoding="utf-8"))
+    assert "img" not in parsed.tags
+    assert parsed.tags.count("script") == 2
+    assert "<img src=y onerror=alert(2)>" in parsed.text
+    assert "<img src=n>" in parsed.text
 
 
 def test_the_page_holds_what_is_trained(page) -> None:
