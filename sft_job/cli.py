@@ -85,6 +85,27 @@ def check_command(
 
 
 @app.command()
+def preview(
+    settings: Settings = None,
+    rows: Annotated[int, typer.Option("--rows", help="Rows to show, in the order of ranks and micro-batches.")] = 4,
+    row: Annotated[str | None, typer.Option("--row", help="One row: FILE:ROW, or its number in the cache.")] = None,
+    step: Annotated[int, typer.Option("--step", help="Optimizer step, from 1.")] = 1,
+    ranks: Annotated[int | None, typer.Option("--ranks", min=1, help="Ranks of the run; default: as here.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write one HTML page that needs nothing else.")] = None,
+    json: Annotated[str | None, typer.Option("--json", help="Write JSON lines; - = standard output.")] = None,
+    report: Annotated[bool, typer.Option("--report", help="Show the data report instead of rows.")] = False,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Show where tokens end.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Show long rows whole.")] = False,
+) -> None:
+    """Show the tokens that a step trains on: trained ones marked, packed neighbours, positions; no GPU, no weights."""
+    from sft_job.preview.command import PreviewOptions, preview_job  # noqa: PLC0415  imports torch
+
+    config, overrides = split_settings(settings)
+    options = PreviewOptions(rows, row, step, ranks, html, json, report, tokens, full)
+    raise typer.Exit(preview_job(config, overrides, os.environ, options))
+
+
+@app.command()
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder (global_step_N) or a run folder.")],
     output: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],

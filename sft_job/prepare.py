@@ -31,7 +31,7 @@ REPORT = "prepare.json"
 _SECONDS_BETWEEN_LINES = 5.0
 
 
-class _Progress:
+class Progress:
     """A line now and then; small data is done before the first one."""
 
     def __init__(self, console: Console) -> None:
@@ -39,6 +39,7 @@ class _Progress:
         self._shown = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
+        """Rows done and rows in all; 0 and 0 while another process does the work."""
         now = time.monotonic()
         if now - self._shown < _SECONDS_BETWEEN_LINES:
             return
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hf_config = check_architecture(config.model)  # before hours of tokenising for a model that cannot be trained
         console = Console()
         train, val = prepare(
-            config, run, _Progress(console), lambda text: console.print(f"warning: {text}", markup=False)
+            config, run, Progress(console), lambda text: console.print(f"warning: {text}", markup=False)
         )
         refuse_unknown_ids(hf_config, train, val)
         write_places(reports, train, val)

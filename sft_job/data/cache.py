@@ -165,6 +165,15 @@ class TokenCache:
         part, local = self._locate(index)
         return self.files[part.files[local]], int(part.rows[local])
 
+    def find(self, file: Path, number: int) -> list[int]:
+        """Usable rows that came from a row of a file: one, none, or several where the file is listed more than once."""
+        files = [place for place, path in enumerate(self.files) if path == file]
+        found: list[int] = []
+        for start in self._starts[:-1].tolist():
+            part, _ = self._locate(start)
+            found += (start + np.flatnonzero((part.rows == number) & np.isin(part.files, files))).tolist()
+        return found
+
     def _locate(self, index: int) -> tuple[_Part, int]:
         if not 0 <= index < self.num_rows:
             raise IndexError(f"row {index} of {self.num_rows}")
