@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import enum
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-from sft_job.contract import ExitCode
-from sft_job.errors import Problem
 
 EXAMPLES = 10
 
@@ -101,6 +96,7 @@ class FaultLog:
             log.counts[Fault(kind)] = int(entry["rows"])
             log.examples[Fault(kind)] = [(int(file), str(where), str(text)) for file, where, text in entry["examples"]]
         return log
+<<<<<<< HEAD
 
 
 _TEXTS: Mapping[Fault, tuple[str | None, str, str]] = {
@@ -199,3 +195,5 @@ def _problem(
     if listing:
         lines.append(f"    all of them: {listing}")
     return Problem(ExitCode.DATA, subject or option, "\n".join(lines), f"{fix}\n    {way}")
+=======
+>>>>>>> b-rows

@@ -16,8 +16,9 @@ import pytest
 
 from sft_job.contract import ExitCode
 from sft_job.data import cache as cache_module
-from sft_job.data.cache import CacheSpec, DamagedCacheError, TokenCache, judge_rows, open_cache, open_or_build
+from sft_job.data.cache import CacheSpec, DamagedCacheError, TokenCache, open_cache, open_or_build
 from sft_job.data.columns import Column
+from sft_job.data.judge import judge_rows
 from sft_job.data.render import PromptResponseRenderer, load_tokenizer, truncate
 from sft_job.errors import JobError, ProblemsError
 from tests.unit.data.conftest import rows_file, words, write

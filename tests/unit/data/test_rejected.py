@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 from sft_job.config.schema import JobConfig
 from sft_job.contract import ExitCode, RunFolder
-from sft_job.data.cache import CacheSpec, TokenCache, judge_rows, open_cache, open_or_build
+from sft_job.data.cache import CacheSpec, TokenCache, open_cache, open_or_build
 from sft_job.data.faults import Fault, FaultLog
 from sft_job.data.fit import Turns
+from sft_job.data.judge import judge, judge_rows
 from sft_job.data.prepare import prepare
 from sft_job.data.rejected import LOGGED, LeftOut
 from sft_job.data.render import Rendered
@@ -125,8 +126,6 @@ def test_the_shown_share_is_enough() -> None:
         log.add(Fault.NO_TEXT, 0, "row 1", "null", rejected)
 
         def problems(allowed: float, log: FaultLog = log, rows: int = rows) -> tuple[Any, ...]:
-            from sft_job.data.faults import judge
-
             return judge(log, rows, files=[Path("a")], option="o", max_length=1, allowed=allowed).problems
 
         (problem,) = problems(0.0)
