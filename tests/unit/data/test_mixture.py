@@ -175,10 +175,11 @@ def test_the_fingerprint_is_of_names_rows_and_shares(caches: list[TokenCache]) -
     others = [
         mixture(caches, 1, 2, 1.0000001),
         mixture(caches, 1, 2, 1, kind="weight"),
+        mixture(caches, 1, 2, 1.0000001, kind="weight"),
         mixture([caches[1], caches[0], caches[2]], 1, 2, 1),
         Mixture(mixture(caches, 1, 2, 1).sets[1:]),
     ]
-    assert len({same, *(each.fingerprint for each in others)}) == 5
+    assert len({same, *(each.fingerprint for each in others)}) == 6
     assert Mixture([MixedSet("a", caches[0])]).fingerprint == Mixture([MixedSet("a", caches[0], repeat=1)]).fingerprint
 
 
