@@ -15,7 +15,7 @@ from sft_job.errors import Problem
 
 _TEXTS: Mapping[Fault, tuple[str | None, str, str]] = {
     Fault.DAMAGED: (None, "cannot be read", "write the files again, or leave them out"),
-    Fault.NO_TEXT: (None, "have no text as prompt or response", "mend or remove these rows"),
+    Fault.NO_TEXT: (None, "have no text to train on", "mend or remove these rows"),
     Fault.UNDECODABLE: (None, "hold bytes that are not valid UTF-8", "mend or remove these rows"),
     Fault.EMPTY: (None, "are empty: neither prompt nor response has a character", "mend or remove these rows"),
     Fault.NOT_RENDERED: ("data.chat_template", "make the chat template fail", "mend the rows or the template"),

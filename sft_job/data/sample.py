@@ -14,12 +14,8 @@ import pyarrow.parquet as pq
 from sft_job.data.build import Outcome, start_reading
 from sft_job.data.counts import FileCounts
 from sft_job.data.footer import UNREADABLE, one_line
-<<<<<<< HEAD
-from sft_job.data.pieces import Gap, Piece, Segment, batch_stream, names_in, numbered_segment
-=======
 from sft_job.data.judge import judge, nothing_usable
-from sft_job.data.pieces import Gap, Piece, Segment, batch_stream, numbered_segment
->>>>>>> b-rows
+from sft_job.data.pieces import Gap, Piece, Segment, batch_stream, names_in, numbered_segment
 from sft_job.data.spec import CacheSpec
 from sft_job.data.tokenise import PieceTokeniser
 from sft_job.data.workers import available_cores
