@@ -134,6 +134,13 @@ def write_rejected_rows(path: Path, sets: Iterable[tuple[str, str, Sequence[Path
         temporary.unlink(missing_ok=True)
 
 
+def reason_of(cached: Path, file: int, row: int) -> str | None:
+    """Why a row is not trained on, by a data set's table in the token cache; None where it does not name the row."""
+    for found in pq.read_table(cached, filters=[("file", "=", file), ("row", "=", row)]).to_pylist():
+        return f"{found['kind']}: {found['reason']}"
+    return None
+
+
 def _text(text: str) -> str:
     """The text with everything that no file of UTF-8 can hold replaced."""
     return text.encode("utf-8", "replace").decode("utf-8")

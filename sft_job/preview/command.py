@@ -18,8 +18,10 @@ from sft_job.config.schema import JobConfig
 from sft_job.config.topology import count_gpus
 from sft_job.contract import Env, ExitCode
 from sft_job.data.cache import TokenCache
+from sft_job.data.mixture import Mixture, named_caches
 from sft_job.data.prepare import prepare
-from sft_job.data.spec import CacheSpec, cache_spec
+from sft_job.data.rejected import reason_of
+from sft_job.data.spec import CacheSpec, cache_specs
 from sft_job.data.tokenizer import load_tokenizer
 from sft_job.errors import JobError, Problem, ProblemsError, raise_problems
 from sft_job.prepare import Progress
@@ -103,19 +105,23 @@ def _preview(
     for line in resolution.warnings:
         told.print(f"warning: {line}", markup=False, soft_wrap=True)
     config = resolution.loaded.config
-    spec = cache_spec(config, "train")
-    assert spec is not None  # only a validation may have no files
+    specs = cache_specs(config, "train")
+    spec = specs[0]  # tokenizer and template are the same for all sets
     try:
         caches = prepare(config, run_folder(config), Progress(told), lambda text: told.print(text, markup=False))
     except ProblemsError as error:
-        rejected = _rejected_alone(options.row, spec) if error.code == ExitCode.DATA else None
+        rejected = _rejected_alone(options.row, specs) if error.code == ExitCode.DATA else None
         if rejected is None:
             raise
         _show_rejected(rejected, options, TokenTexts(load_tokenizer(spec.tokenizer, spec.trust_remote_code)))
         return
     texts = TokenTexts(load_tokenizer(spec.tokenizer, spec.trust_remote_code))
-    reports = [set_report(name, cache) for name, cache in zip(("train", "val"), caches, strict=True) if cache]
-    _show(config, caches[0], resolution, spec, texts, reports, options)
+    reports = [
+        set_report(f"{split} {name}".strip(), cache)
+        for split, rows in zip(("train", "val"), caches, strict=True)
+        for name, cache in named_caches(rows).items()
+    ]
+    _show(config, caches[0], resolution, specs, texts, reports, options)
 
 
 def _resolved(
@@ -148,9 +154,9 @@ def _unwritable(option: str, path: Path) -> Problem | None:
 
 def _show(
     config: JobConfig,
-    cache: TokenCache,
+    cache: TokenCache | Mixture,
     resolution: Resolution,
-    spec: CacheSpec,
+    specs: Sequence[CacheSpec],
     texts: TokenTexts,
     reports: Sequence[SetReport],
     options: PreviewOptions,
@@ -163,7 +169,7 @@ def _show(
     if options.row is None:
         chosen: Chosen = stream.first_rows(step, options.rows)
     else:
-        found = _find(options.row, cache, spec)
+        found = _find(options.row, cache, specs)
         if isinstance(found, PreviewRow):
             _show_rejected(found, options, texts)
             return
@@ -197,28 +203,39 @@ def _view(console: Console, options: PreviewOptions) -> View:
     return View(marks, options.tokens, options.full)
 
 
-def _find(text: str, cache: TokenCache, spec: CacheSpec) -> int | PreviewRow:
+def _find(text: str, rows: TokenCache | Mixture, specs: Sequence[CacheSpec]) -> int | PreviewRow:
     """A row's number in the cache; a row that is not in it, with the reason."""
     if text.isdecimal():
-        if int(text) >= len(cache):
-            raise no_such_row(text, "the token cache", len(cache))
+        if int(text) >= len(rows):
+            raise no_such_row(text, "the token cache", len(rows))
         return int(text)
-    file, number = find_file(text, spec.origins)
-    found = cache.find(spec.origins[file], number)
+    spec, file, number = _locate(text, specs)
+    caches = named_caches(rows)
+    name = spec.source.name if spec.source else ""
+    first = sum(len(caches[each]) for each in caches if each < name)
+    found = caches[name].find(spec.origins[file], number)
     if found:
-        return found[0]
+        return first + found[0]
     unused = (
         f"beyond data.train_max_samples = {spec.max_samples:,}" if spec.max_samples >= 0 else "not in the token cache"
     )
-    reason = reject_reason(spec, file, number) or unused
+    reason = reason_of(caches[name].rejected, file, number) or reject_reason(spec, file, number) or unused
     return PreviewRow(spec.origins[file], number, reject_reason=reason)
 
 
-def _rejected_alone(text: str | None, spec: CacheSpec) -> PreviewRow | None:
+def _locate(text: str, specs: Sequence[CacheSpec]) -> tuple[CacheSpec, int, int]:
+    """The data set, the file's index in it and the row's number that ``FILE:ROW`` means; the first set that has it."""
+    files = list(dict.fromkeys(file for spec in specs for file in spec.origins))
+    file, number = find_file(text, files)
+    spec = next(spec for spec in specs if files[file] in spec.origins)
+    return spec, spec.origins.index(files[file]), number
+
+
+def _rejected_alone(text: str | None, specs: Sequence[CacheSpec]) -> PreviewRow | None:
     """The row that was asked for, where it is at fault itself; None where others are."""
     if text is None or re.fullmatch("[0-9]+", text):
         return None
-    file, number = find_file(text, spec.origins)
+    spec, file, number = _locate(text, specs)
     reason = reject_reason(spec, file, number)
     return None if reason is None else PreviewRow(spec.origins[file], number, reject_reason=reason)
 

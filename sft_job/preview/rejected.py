@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sft_job.contract import ExitCode
-from sft_job.data.pieces import Piece, Segment, batch_stream, numbered_segment
+from sft_job.data.pieces import Piece, Segment, batch_stream, names_in, numbered_segment
 from sft_job.data.spec import CacheSpec
 from sft_job.data.tokenise import PieceTokeniser
 from sft_job.errors import Problem, ProblemsError
@@ -78,26 +78,19 @@ def reject_reason(spec: CacheSpec, file: int, number: int) -> str | None:
             segment = numbered_segment(number, 1)
         else:
             raise no_such_row(str(number), str(spec.origins[file]), len(tokeniser.custom))
-        result = tokeniser.run(Piece(0, [segment]))
-    faults = [
-        f"{fault.value}: {detail}" for fault, examples in result.faults.examples.items() for *_, detail in examples
-    ]
-    if faults:
-        return "; ".join(faults)
-    counts = result.counts[file]
-    if counts.rows_without_target:
-        return f"no token to train on within data.max_length = {spec.max_length:,}"
-    if not counts.rows_usable:
-        return f"longer than data.max_length = {spec.max_length:,}, and data.truncation = {spec.truncation}"
-    return None
+        piece = Piece(0)
+        piece.append(segment)
+        result = tokeniser.run(piece)
+    reasons = [f"{row['kind']}: {row['reason']}" for row in result.left_out.to_pylist()]
+    return "; ".join(reasons) or None
 
 
 def _segment(spec: CacheSpec, file: int, number: int) -> Segment:
     """The row's cells, read from its row group."""
     path = spec.sources[file]
-    names = list(dict.fromkeys(column.name for column in spec.columns))
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as parquet:
+            names = names_in(parquet.schema_arrow, spec.columns)
             if number >= parquet.metadata.num_rows:
                 raise no_such_row(str(number), str(spec.origins[file]), parquet.metadata.num_rows)
             first, group = 0, 0
@@ -106,7 +99,7 @@ def _segment(spec: CacheSpec, file: int, number: int) -> Segment:
                 group += 1
             for batch in parquet.iter_batches(row_groups=[group], columns=names):
                 if number < first + batch.num_rows:
-                    return Segment(file, number, batch_stream(batch.slice(number - first, 1)))
+                    return Segment(file, number, batch_stream(batch.slice(number - first, 1)), 1)
                 first += batch.num_rows
     except (OSError, pa.ArrowException) as error:
         rule = f"cannot be read: {' '.join(str(error).split())[:200]}"

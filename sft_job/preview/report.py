@@ -1,22 +1,12 @@
-"""The data report of a run's caches, completed by what their lengths and rows tell."""
+"""The data report of a run's caches, in the words and numbers that are shown."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from sft_job.data.cache import TokenCache
-
-_MOST_BINS = 20
-# Lengths that are further apart than this share no scale but a logarithmic one.
-_WIDE = 40
-# Counting equal rows reads the whole cache: left out where that takes longer than a look should.
-_MOST_TOKENS_READ = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -27,8 +17,8 @@ class SetReport:
         name: ``train``, ``val`` or the set's own name.
         counts: rows and tokens, by the names of ``logs/data_report.json``.
         edges: [bins + 1] lengths in tokens; a bin holds rows from its edge to below the next one.
-        rows: [bins] usable rows of each length.
-        duplicates: usable rows whose tokens another row has already; None = not counted.
+        rows: [bins] rows of each length, before any was cut.
+        duplicates: usable rows that equal an earlier one.
         rejected: rejected rows by kind.
         files: the counts of each file, with its ``path``.
         notes: on template and tokenizer.
@@ -39,7 +29,7 @@ class SetReport:
     counts: Mapping[str, int]
     edges: tuple[int, ...]
     rows: tuple[int, ...]
-    duplicates: int | None
+    duplicates: int
     rejected: Mapping[str, int]
     files: tuple[Mapping[str, Any], ...]
     notes: tuple[str, ...]
@@ -61,7 +51,7 @@ class SetReport:
             ("without a target", _of(self.counts["rows_without_target"], read)),
             ("dropped as too long", _of(self.counts["rows_dropped"], read)),
             ("truncated", _of(self.counts["rows_truncated"], read)),
-            ("duplicates", "not counted" if self.duplicates is None else _of(self.duplicates, read)),
+            ("duplicates", _of(self.duplicates, read)),
             ("tokens", f"{self.counts['tokens']:,}"),
             ("trained tokens", _of(self.counts["trained_tokens"], self.counts["tokens"])),
             ("longest row", f"{self.counts['longest_row']:,} tokens"),
@@ -83,41 +73,18 @@ def share(counts: Mapping[str, Any]) -> float:
 
 
 def set_report(name: str, cache: TokenCache) -> SetReport:
-    """The report that a cache carries; what it leaves out is counted here."""
+    """The report that a cache carries."""
     report = cache.report
-    names = ("rows_read", "rows_usable", "rows_without_target", "rows_truncated", "tokens", "trained_tokens")
-    counts = {key: int(report.get(key, 0)) for key in (*names, "longest_row", "rows_rejected", "rows_dropped")}
-    lengths = report.get("lengths") or {}
-    edges, rows = (lengths["edges"], lengths["counts"]) if lengths else histogram(cache.lengths)
+    names = ("rows_read", "rows_usable", "rows_rejected", "rows_without_target", "rows_dropped", "rows_truncated")
+    counts = {key: int(report[key]) for key in (*names, "tokens", "trained_tokens", "longest_row")}
     return SetReport(
-        name=str(report.get("name") or name),
+        name=name,
         counts=counts,
-        edges=tuple(edges),
-        rows=tuple(rows),
-        duplicates=report["duplicates"] if "duplicates" in report else _duplicates(cache),
-        rejected=dict(report.get("rejected") or {}),
+        edges=tuple(report["lengths"]["edges"]),
+        rows=tuple(report["lengths"]["counts"]),
+        duplicates=int(report["duplicates"]),
+        rejected=dict(report["rejected"]),
         files=tuple(report["files"]),
         notes=tuple(report["notes"]),
         warnings=tuple(report["warnings"]),
     )
-
-
-def histogram(lengths: npt.NDArray[np.int32]) -> tuple[list[int], list[int]]:
-    """Edges and rows of at most about 20 bins with round edges; each twice as wide as the last where lengths differ."""
-    low, high = int(lengths.min()), int(lengths.max())
-    if high > _WIDE * low:
-        edges = [2**power for power in range(low.bit_length() - 1, high.bit_length() + 1)]
-    else:
-        steps = [lead * 10**zeros for zeros in range(10) for lead in (1, 2, 5)]
-        step = next(step for step in steps if (high - low) / step < _MOST_BINS - 1)
-        edges = list(range(low // step * step, high + step + 1, step))
-    while edges[-2] > high:
-        edges.pop()
-    return edges, np.histogram(lengths, bins=[*edges[:-1], edges[-1] - 0.5])[0].tolist()
-
-
-def _duplicates(cache: TokenCache) -> int | None:
-    if cache.lengths.sum(dtype=np.int64) > _MOST_TOKENS_READ:
-        return None
-    digests = {hashlib.blake2b(cache.row(index).ids.tobytes(), digest_size=16).digest() for index in range(len(cache))}
-    return len(cache) - len(digests)

@@ -13,8 +13,8 @@ import numpy as np
 from sft_job.checkpoint.state import total_steps
 from sft_job.config.schema import JobConfig
 from sft_job.data.batches import IGNORED, Int64, PackedBatch, pack_rows
-from sft_job.data.cache import TokenCache
-from sft_job.data.order import RowIds, RowOrder
+from sft_job.data.mixture import Rows, training_order
+from sft_job.data.order import RowIds
 from sft_job.data.packing import pack_settings, plan_batch
 
 # What the loader of the ranks pads with.
@@ -155,12 +155,12 @@ class TrainingStream:
         ulysses_size: ranks of a group.
     """
 
-    def __init__(self, config: JobConfig, cache: TokenCache, world: int) -> None:
+    def __init__(self, config: JobConfig, cache: Rows, world: int) -> None:
         self.cache = cache
         self.ulysses_size = config.ulysses_sequence_parallel_size
         self.dp_size = world // self.ulysses_size
         self._settings = pack_settings(config)
-        self._order = RowOrder(config.trainer.seed, cache.num_rows, config.data.train_batch_size)
+        self._order = training_order(cache, config.trainer.seed, config.data.train_batch_size)
         self.total_steps = total_steps(config, self._order.steps_per_epoch)
 
     def plan(self, step: int) -> StepPlan:
@@ -178,8 +178,8 @@ class TrainingStream:
             row_ids,
             tuple(slots),
             tuple(rows),
-            tuple(int(self.cache.lengths[list(ids)].sum(dtype=np.int64)) for ids in rows),
-            tuple(int(self.cache.targets[list(ids)].sum(dtype=np.int64)) for ids in rows),
+            tuple(int(self.cache.lengths[np.asarray(ids, dtype=np.int64)].sum(dtype=np.int64)) for ids in rows),
+            tuple(int(self.cache.targets[np.asarray(ids, dtype=np.int64)].sum(dtype=np.int64)) for ids in rows),
         )
 
     def packs(self, step: int) -> Iterator[Pack]:

@@ -2,27 +2,11 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import numpy as np
-from hypothesis import given
-from hypothesis import strategies as st
-
 from sft_job.data.cache import TokenCache
-from sft_job.preview.report import histogram, set_report
+from sft_job.preview.report import set_report
 
 
-@given(st.lists(st.integers(1, 200_000), min_size=1, max_size=200))
-def test_histogram_holds_every_row_once(lengths: list[int]) -> None:
-    edges, counts = histogram(np.array(lengths, dtype=np.int32))
-    assert len(edges) == len(counts) + 1 <= 22
-    assert edges == sorted(set(edges))
-    for low, high, count in zip(edges, edges[1:], counts, strict=False):
-        assert count == sum(low <= length < high for length in lengths)
-    assert sum(counts) == len(lengths)
-    assert counts[0]
-    assert counts[-1]
-
-
-def test_what_the_cache_does_not_say_is_counted(cache: TokenCache) -> None:
+def test_counts_of_a_real_cache(cache: TokenCache) -> None:
     report = set_report("train", cache)
     assert report.name == "train"
     assert report.counts["rows_usable"] == sum(report.rows) == len(cache)
@@ -36,13 +20,12 @@ def test_what_the_cache_does_not_say_is_counted(cache: TokenCache) -> None:
 def test_what_the_cache_says_is_taken(cache: TokenCache) -> None:
     said = {
         **cache.report,
-        "name": "code",
         "rows_rejected": 3,
         "rejected": {"no text": 2, "overlong": 1, "damaged": 0},
         "duplicates": 7,
         "lengths": {"edges": [0, 10, 20], "counts": [1, 2]},
     }
-    report = set_report("train", SimpleNamespace(report=said))  # type: ignore[arg-type]
+    report = set_report("code", SimpleNamespace(report=said))  # type: ignore[arg-type]
     assert (report.name, report.duplicates, report.edges, report.rows) == ("code", 7, (0, 10, 20), (1, 2))
     lines = dict(report.lines())
     assert lines["rejected"] == "3 (13.0 %)"
