@@ -17,14 +17,15 @@ from sft_job.config.schema import JobConfig
 from sft_job.config.sets import SetEntry
 from sft_job.config.topology import count_gpus
 from sft_job.contract import ExitCode
-from sft_job.data.sample import check_sample
+from sft_job.data.counts import control_tokens_note
+from sft_job.data.sample import check_all, check_sample
 from sft_job.data.spec import CacheSpec, Split, cache_specs
+from sft_job.data.template_check import check_templates
 from sft_job.errors import JobError, Problem, ProblemsError, problems_text, worst_code
 from sft_job.model.supported import check_architecture
 from sft_job.supervisor import input_problems
 
 SAMPLE_ROWS = 1000
-ALL_ROWS = sys.maxsize
 _BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 _STATES = 3
 """Weights and AdamW's two moments, in the same dtype."""
@@ -58,6 +59,7 @@ def check_job(
     if not problems:
         problems += _check_start(loaded.config)
         table.add_row("layout", _layout_text(resolution))
+        problems += _check_template(loaded.config, table)
         splits: tuple[Split, Split] = ("train", "val")
         for split in splits:
             problems += _check_split(loaded.config, split, table, full)
@@ -65,6 +67,8 @@ def check_job(
         console.print(table)
     for line in resolution.warnings:
         console.print(f"warning: {line}", markup=False, highlight=False)
+    # A template that cannot be used is met again in each split.
+    problems = [problem for place, problem in enumerate(problems) if problem not in problems[:place]]
     if problems:
         sys.stderr.write(problems_text(problems) + "\n")
         return worst_code(problems)
@@ -91,8 +95,20 @@ def _check_start(config: JobConfig) -> list[Problem]:
     return []
 
 
+def _check_template(config: JobConfig, table: Table) -> list[Problem]:
+    try:
+        report = check_templates(cache_specs(config, "train"))
+    except ProblemsError:  # told of with the rows
+        return []
+    if report.text():
+        table.add_row("template", report.text())
+    for line in report.warnings:
+        table.add_row("", f"warning: {line}")
+    return report.problems
+
+
 def _check_split(config: JobConfig, split: Split, table: Table, full: bool) -> list[Problem]:
-    """A line for each data set of a split."""
+    """Lines for each data set of a split."""
     try:
         specs = cache_specs(config, split)
     except ProblemsError as error:
@@ -100,43 +116,40 @@ def _check_split(config: JobConfig, split: Split, table: Table, full: bool) -> l
     if not specs:
         table.add_row(split, "none")
     problems: list[Problem] = []
-    told: set[str] = set()
     for spec in specs:
         try:
-            problems += _check_set(spec, table, told, full)
+            problems += _check_set(config, spec, table, full)
         except ProblemsError as error:
-            problems += [problem for problem in error.problems if problem not in problems]
+            problems += error.problems
         except JobError as error:
             problems.append(Problem(error.code, spec.files_option, str(error)))
     return problems
 
 
-def _check_set(spec: CacheSpec, table: Table, told: set[str], full: bool) -> list[Problem]:
-    counts, notes, problems = check_sample(spec, ALL_ROWS if full else SAMPLE_ROWS)
+def _check_set(config: JobConfig, spec: CacheSpec, table: Table, full: bool) -> list[Problem]:
+    allowed = config.data.max_rejected_fraction
+    looked = check_all(spec, allowed, config.data.num_workers) if full else check_sample(spec, SAMPLE_ROWS, allowed)
+    counts = looked.counts
     table.add_row(
         f"{spec.split} {spec.source.name}{_share(spec.source.entry)}" if spec.source else spec.split,
         f"{len(spec.files):,} files; of {counts.rows_read:,} rows looked at: longest {counts.longest_row:,} tokens, "
-        f"{counts.rows_truncated:,} truncated, {counts.rows_without_target:,} without a token to train on",
+        f"{counts.rows_truncated:,} truncated, {counts.rows_without_target:,} without a token to train on, "
+        f"{counts.rows_dropped:,} dropped, {counts.rows_rejected:,} rejected",
     )
+    if note := control_tokens_note(counts):
+        table.add_row("", note)
+    if looked.warning:
+        table.add_row("warning", looked.warning)
     if spec.split == "train":
-        for note in notes:
-            if note not in told:
-                table.add_row("template", note)
-        told.update(notes)
-        if counts.rows_read and not counts.rows_usable and not problems:
-            problems.append(_nothing_usable(spec, counts.rows_read))
-    return problems
+        for note in looked.notes if spec.custom else ():
+            table.add_row("rows", note)
+    return looked.problems
 
 
 def _share(entry: SetEntry) -> str:
     if entry.weight is not None:
         return f", weight {entry.weight:g}"
     return f", repeat {entry.repeat:g}" if entry.repeat is not None else ""
-
-
-def _nothing_usable(spec: CacheSpec, rows: int) -> Problem:
-    rule = f"none of {rows:,} rows looked at has a token to train on within data.max_length = {spec.max_length:,}"
-    return Problem(ExitCode.DATA, spec.files_option, rule, "raise data.max_length, or set data.truncation=left")
 
 
 def _check_disk(resolution: Resolution, table: Table) -> list[Problem]:

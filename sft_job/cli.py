@@ -96,11 +96,11 @@ def export(
     from sft_job.export import export_checkpoint  # noqa: PLC0415  imports torch
 
     try:
-        export_checkpoint(checkpoint, output, dtype, base, merge=merge)
+        notes = export_checkpoint(checkpoint, output, dtype, base, merge=merge)
     except JobError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(error.code) from error
-    typer.echo(f"wrote {output}")
+    typer.echo("\n".join([f"wrote {output}", *notes]))
 
 
 @app.command()

@@ -97,6 +97,11 @@ class RunFolder:
     def data_report(self) -> Path:
         return self.logs / "data_report.json"
 
+    @property
+    def rejected_rows(self) -> Path:
+        """Rows that are not trained on, with file, row and reason."""
+        return self.logs / "rejected_rows.parquet"
+
     def rank_log(self, rank: int) -> Path:
         return self.logs / f"rank_{rank}.log"
 

@@ -67,7 +67,9 @@ def export_live(folder: Path, lm: PreTrainedModel, config: JobConfig, device: to
     return digest
 
 
-def export_checkpoint(source: Path, output: Path, dtype: str | None, base: Path | None, *, merge: bool = False) -> None:
+def export_checkpoint(
+    source: Path, output: Path, dtype: str | None, base: Path | None, *, merge: bool = False
+) -> list[str]:
     """Write a checkpoint as a Hugging Face folder, or, of a LoRA run, as a PEFT adapter.
 
     Args:
@@ -76,6 +78,9 @@ def export_checkpoint(source: Path, output: Path, dtype: str | None, base: Path 
         dtype: bf16, fp32 or fp64; None = as trained.
         base: base model folder; None = the one in the checkpoint's settings.
         merge: of a LoRA run: the base model with the adapters added instead of the adapters alone.
+
+    Returns:
+        What the user should know of what was written.
 
     Raises:
         JobError: 74 no usable checkpoint, 66 no base folder, 73 the output cannot be written, 2 a wrong option.
@@ -98,8 +103,9 @@ def export_checkpoint(source: Path, output: Path, dtype: str | None, base: Path 
         output.mkdir(parents=True, exist_ok=True)
         if lora and not merge:
             _export_adapters(folder, output, config)
-        else:
-            _export_model(folder, output, DTYPES[dtype] if dtype else None, config)
+            return []
+        note = _export_model(folder, output, DTYPES[dtype] if dtype else None, config)
+        return [note] if note else []
     except (OSError, SafetensorError) as error:
         raise JobError(ExitCode.CANNOT_CREATE, f"{output}: {error}") from error
 
@@ -110,7 +116,7 @@ def _export_adapters(folder: Path, output: Path, config: JobConfig) -> None:
     load_tokenizer(config.model.partial_pretrain, config.model.trust_remote_code).save_pretrained(output)
 
 
-def _export_model(folder: Path, output: Path, wanted: torch.dtype | None, config: JobConfig) -> None:
+def _export_model(folder: Path, output: Path, wanted: torch.dtype | None, config: JobConfig) -> str:
     stored = DTYPES[config.model.fsdp_config.model_dtype]
     lm = empty_model(read_config(config.model), config.model, stored)
     shapes = tied_once(lm, set())
@@ -123,22 +129,23 @@ def _export_model(folder: Path, output: Path, wanted: torch.dtype | None, config
     dtype = wanted or stored
     cast = ((name, tensor.to(dtype) if tensor.is_floating_point() else tensor) for name, tensor in tensors)
     write_weights(output, cast, write=True)
-    _write_companions(output, lm, dtype, config)
+    return _write_companions(output, lm, dtype, config)
 
 
 def _write_adapters(folder: Path, tensors: Iterator[tuple[str, Tensor]], *, write: bool) -> str:
     return write_weights(folder, tensors, write=write, writer=WeightsWriter(folder, single=ADAPTER_WEIGHTS))
 
 
-def _write_companions(folder: Path, lm: PreTrainedModel, dtype: torch.dtype, config: JobConfig) -> None:
+def _write_companions(folder: Path, lm: PreTrainedModel, dtype: torch.dtype, config: JobConfig) -> str:
     base = Path(config.model.partial_pretrain or "")
     tokenizer = load_tokenizer(base, config.model.trust_remote_code)
     renderer = PromptResponseRenderer(
         tokenizer,
         chat_template=template_text(config.data.chat_template),
         template_kwargs=config.data.apply_chat_template_kwargs,
+        allow_control_tokens=config.data.allow_control_tokens,
     )
-    write_companions(folder, lm.config, dtype, type(lm).__name__, base, tokenizer, renderer.end_of_turn_id)
+    return write_companions(folder, lm.config, dtype, type(lm).__name__, base, tokenizer, renderer.end_of_turn_id)
 
 
 def _checkpoint(source: Path) -> Path:

@@ -23,7 +23,7 @@ from sft_job.config.load import load_resolved, run_folder
 from sft_job.contract import Env, ExitCode
 from sft_job.data.mixture import Rows, named_caches
 from sft_job.data.places import write_places
-from sft_job.data.prepare import prepare, write_report
+from sft_job.data.prepare import prepare
 from sft_job.errors import JobError
 from sft_job.model.supported import check_architecture
 
@@ -69,7 +69,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config, run, _Progress(console), lambda text: console.print(f"warning: {text}", markup=False)
         )
         refuse_unknown_ids(hf_config, train, val)
-        write_report(run, train, val)
         write_places(reports, train, val)
     except JobError as error:
         (reports / REPORT).write_text(json.dumps({"code": int(error.code), "message": str(error)}), encoding="utf-8")

@@ -129,7 +129,7 @@ def write_companions(
     base: Path,
     tokenizer: PreTrainedTokenizerBase,
     stop_id: int,
-) -> None:
+) -> str:
     """Everything beside the weights that Transformers needs: configs, tokenizer, the base folder's own code.
 
     Args:
@@ -140,22 +140,40 @@ def write_companions(
         base: the base model's folder.
         tokenizer: saved as it was used.
         stop_id: id of the token that ends a turn in training; generation must stop at it.
+
+    Returns:
+        What was changed in the settings of generation, '' where nothing was.
     """
     config = type(config).from_dict(config.to_dict())
     config.dtype = dtype
     config.architectures = [architecture]
+    # Some servers look here and not into generation_config.json.
+    text_config = config.get_text_config()
+    text_config.eos_token_id = _with_stop(text_config.eos_token_id, stop_id)
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     generation = _base_generation(base)
-    stops = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
-    stops = [stop_id, *(stop for stop in stops if stop is not None and stop != stop_id)]
-    generation.eos_token_id = stops if len(stops) > 1 else stop_id
+    before, generation.eos_token_id = generation.eos_token_id, _with_stop(generation.eos_token_id, stop_id)
     if generation.pad_token_id is None:
         generation.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_id
     # Written as JSON: save_pretrained refuses combinations that base models do ship (temperature without sampling).
     generation.to_json_file(folder / "generation_config.json", use_diff=True)
     for code in base.glob("*.py"):
         shutil.copy2(code, folder / code.name)
+    if stop_id in _ids(before):
+        return ""
+    token = tokenizer.convert_ids_to_tokens(stop_id)
+    return f"eos_token_id in generation_config.json: {token!r} (id {stop_id}), which ends a turn, added to {before}"
+
+
+def _ids(value: int | list[int] | None) -> list[int]:
+    return [] if value is None else [value] if isinstance(value, int) else list(value)
+
+
+def _with_stop(value: int | list[int] | None, stop_id: int) -> int | list[int]:
+    """An ``eos_token_id`` that begins with the stop token and keeps the others."""
+    stops = [stop_id, *(stop for stop in _ids(value) if stop != stop_id)]
+    return stops if len(stops) > 1 else stop_id
 
 
 def _base_generation(base: Path) -> GenerationConfig:

@@ -24,6 +24,7 @@ SAFE_KEYS = frozenset(
         "data.val_max_samples",
         "data.cache_dir",
         "data.num_workers",
+        "data.max_rejected_fraction",  # decides whether a run starts, not on which rows
         "data.use_shm",
         "data.custom_cls.path",  # the path only: the class's text is part of the data's fingerprint
         "data.micro_batch_size_per_gpu",

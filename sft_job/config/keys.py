@@ -58,7 +58,7 @@ _DOES: Mapping[str, str] = {
     "data.max_length": "longest row in tokens; nothing is padded to it",
     "data.truncation": "what happens to a longer row: error (exit 65), left (its start is cut), right (its end is "
     "cut), drop (it is left out), turn (its oldest turns are left out)",
-    "data.max_rejected_fraction": "share of unusable rows from which on the run is refused (exit 65)",
+    "data.max_rejected_fraction": "share of unusable rows above which the run is refused (exit 65)",
     "data.allow_control_tokens": "control tokens in a row's text act as control tokens; false = they are plain text",
     "data.apply_chat_template_kwargs": "extra variables for the chat template",
     "data.chat_template": "chat template to use instead of the tokenizer's: its text, or a file",

@@ -73,8 +73,8 @@ class DataConfig:
     """What to do with a longer row: error (refuse), left (cut its start), right (cut its end), drop (leave it out),
     turn (leave out whole turns, the oldest first; a row whose last turn alone is too long is left out)."""
     max_rejected_fraction: float = 0.0
-    """Share of the rows that may be unusable (damaged, null, not rendered, overlong under truncation: error) before
-    the run is refused."""
+    """Share of the rows that may be unusable (damaged, null, not rendered, overlong under truncation: error) and are
+    then left out; with more of them the run is refused."""
     allow_control_tokens: bool = False
     """Let control tokens that stand in a row's text (<|im_end|>, say) act as control tokens; false = as plain text."""
     balance_dp_token: bool = False

@@ -1,7 +1,10 @@
 """The token cache: tokens of all usable rows of a split, memory-mapped, built once and shared by all who need it.
 
 A cache is a folder, named by what it holds: parts (Arrow IPC files with ids and trained spans), the rows' lengths and
-numbers of targets as plain int32 files, and a manifest with every file's size. It is published by one rename.
+numbers of targets as plain int32 files, their hashes, a table of the rows that are not trained on and why, and a
+manifest with every file's size. It is published by one rename.
+
+It does not depend on how many rows may be rejected: ``judge_rows`` says whether a run may use it.
 """
 
 from __future__ import annotations
@@ -24,16 +27,40 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from sft_job.data.build import FORMAT, LENGTHS, MANIFEST, TARGETS, Progress, build, library_versions, unwritable
+from sft_job.contract import ExitCode
+from sft_job.data.build import (
+    FORMAT,
+    HASHES,
+    LENGTHS,
+    MANIFEST,
+    REJECTED,
+    TARGETS,
+    Progress,
+    build,
+    library_versions,
+    unwritable,
+)
+from sft_job.data.faults import FaultLog, Judged, judge
 from sft_job.data.spec import CacheSpec, cache_spec
 from sft_job.data.tokenise import PART_SCHEMA, Int32
+from sft_job.errors import Problem
 
-__all__ = ["CacheSpec", "DamagedCacheError", "TokenCache", "TokenRow", "cache_spec", "open_cache", "open_or_build"]
+__all__ = [
+    "CacheSpec",
+    "DamagedCacheError",
+    "TokenCache",
+    "TokenRow",
+    "cache_spec",
+    "judge_rows",
+    "open_cache",
+    "open_or_build",
+]
 
 # Mapped pages count as this process's memory once they were read: beyond this much, the parts that were not used for
 # the longest time are let go. They stay in the system's page cache.
 _MAPPED_BYTES = 512 << 20
 _LOCK_POLL_SECONDS = 1.0
+_NAMED = 10
 _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
@@ -66,6 +93,8 @@ class TokenCache:
         lengths: [rows] int32, tokens of each row.
         targets: [rows] int32, trained tokens of each row from position 1 on: what the loss is made of.
         report: counts of rows and tokens, in all and for each file; notes and warnings for the log.
+        faults: counts and first examples of the rows that are not trained on, by the index of the file.
+        rejected: parquet file with all of them (``rejected.CACHED``).
     """
 
     def __init__(self, folder: Path, files: Sequence[Path] | None = None) -> None:
@@ -94,6 +123,11 @@ class TokenCache:
         self.report: dict[str, Any] = dict(manifest["report"])
         counts = zip(self.files, self.report["files"], strict=True)
         self.report["files"] = [{"path": str(file), **of_file} for file, of_file in counts]
+        bare = [of_file["path"] for of_file in self.report["files"] if of_file["checksums"] is False]
+        self.report["files_without_checksums"] = {"count": len(bare), "first": bare[:_NAMED]}
+        self.faults = FaultLog.from_json(manifest["faults"])
+        self.rejected = _checked(folder / REJECTED, manifest["rejected_bytes"])
+        _checked(folder / HASHES, 16 * self.num_rows)
         self._parts: list[Path] = []
         for part in manifest["parts"]:
             self._parts.append(_checked(folder / part["name"], part["size"]))
@@ -109,6 +143,8 @@ class TokenCache:
 
     def _numbers(self, name: str) -> Int32:
         path = _checked(self.folder / name, 4 * self.num_rows)
+        if not self.num_rows:  # nothing can be mapped
+            return np.zeros(0, dtype=np.int32)
         return np.asarray(np.memmap(path, dtype=np.int32, mode="r"))
 
     def __len__(self) -> int:
@@ -185,6 +221,7 @@ def open_cache(folder: Path) -> TokenCache:
 def open_or_build(spec: CacheSpec, folder: Path, workers: int, progress: Progress | None = None) -> TokenCache:
     """The cache for ``spec`` in ``folder``, built where there is none or a damaged one.
 
+    It is built and published whatever rows cannot be used, even without any usable row: ask ``judge_rows``.
     Several processes may call this at once, on one machine or on one file system: one builds, the others wait for it.
 
     Args:
@@ -195,7 +232,7 @@ def open_or_build(spec: CacheSpec, folder: Path, workers: int, progress: Progres
             exception from it ends the building.
 
     Raises:
-        ProblemsError: exit 65, 66 or 2 for what is wrong with data, tokenizer or template; 73 for the cache's folder.
+        ProblemsError: exit 65, 66 or 2 for what is wrong with files, tokenizer or template; 73 for the cache's folder.
         JobError: exit 137, where a worker process was killed.
     """
     fingerprint = spec.fingerprint()
@@ -218,6 +255,38 @@ def open_or_build(spec: CacheSpec, folder: Path, workers: int, progress: Progres
             raise unwritable(folder, error) from error
         raise
     return TokenCache(final, spec.origins)
+
+
+def judge_rows(cache: TokenCache, spec: CacheSpec, allowed: float, listing: Path | None = None) -> Judged:
+    """Whether a run may go on with the rows that a cache holds.
+
+    Args:
+        cache: the cache of ``spec``.
+        spec: what it was made from.
+        allowed: ``data.max_rejected_fraction``.
+        listing: file that names all rows that are not trained on, for the messages.
+    """
+    report = cache.report
+    judged = judge(
+        cache.faults,
+        report["rows_read"],
+        files=spec.origins,
+        option=spec.files_option,
+        max_length=spec.max_length,
+        allowed=allowed,
+        listing=listing,
+    )
+    if judged.problems or cache.num_rows:
+        return judged
+    return Judged((nothing_usable(spec, report["rows_read"], cache.faults),))
+
+
+def nothing_usable(spec: CacheSpec, rows: int, faults: FaultLog) -> Problem:
+    """The problem of a data set of which no row can be trained on."""
+    kinds = ", ".join(f"{count:,} {fault.value}" for fault, count in faults.counts.items())
+    rule = f"none of {rows:,} rows has a token to train on within data.max_length = {spec.max_length:,} ({kinds})"
+    fix = "raise data.max_length, or data.truncation=left, which keeps the responses' ends"
+    return Problem(ExitCode.DATA, spec.files_option, rule, fix)
 
 
 def _name(spec: CacheSpec, fingerprint: str) -> str:

@@ -1,4 +1,4 @@
-"""Columns of text in parquet files: which ones the config names, what types they may have, how rows are read.
+"""Columns of text and messages in parquet files: which the config names, what types they may have, how they are read.
 
 Free of torch and transformers, so that a config can be checked on a login node.
 """
@@ -7,28 +7,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 from omegaconf import OmegaConf
 
-from sft_job.config.schema import DataConfig
+from sft_job.config.schema import DataConfig, MultiturnConfig
 from sft_job.config.sets import DataSet
+from sft_job.data.faults import Fault
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column that holds text, at the top level or inside structs.
+    """A column that holds text, at the top level or inside structs, or a conversation's messages, tools or switches.
 
     Attributes:
         option: the setting that names it, for messages: ``data.prompt_key``.
         name: its name in the parquet file.
         keys: keys to descend into structs, one after the other; empty = the column itself is text.
+        kind: what its cells hold: text, a list of messages or tools, or a truth value.
+        optional: files may be without it.
     """
 
     option: str
     name: str
     keys: tuple[str, ...] = ()
+    kind: Literal["text", "list", "flag"] = "text"
+    optional: bool = False
 
     @property
     def keys_option(self) -> str:
@@ -46,6 +51,7 @@ class Unreadable:
     """Why a cell gives no text."""
 
     reason: str
+    fault: Fault = Fault.NO_TEXT
 
 
 Cell = str | Unreadable
@@ -66,6 +72,28 @@ def text_columns(data: DataConfig) -> tuple[tuple[Column, ...], tuple[Column, ..
     return (
         columns("data.prompt_key", data.prompt_key, data.prompt_dict_keys),
         columns("data.response_key", data.response_key, data.response_dict_keys),
+    )
+
+
+def message_columns(data: DataConfig) -> tuple[Column, ...]:
+    """The columns of messages, tools and thinking; empty where prompts and responses are trained on.
+
+    Files may be without tools and thinking, unless the config gives their columns names of its own.
+    """
+    names = data.multiturn
+    if not names.enable:
+        return ()
+    usual = MultiturnConfig()
+    tools, thinking = names.tools_key, names.enable_thinking_key
+    return (
+        Column("data.multiturn.messages_key", names.messages_key, kind="list"),
+        Column("data.multiturn.tools_key", tools, kind="list", optional=tools == usual.tools_key),
+        Column(
+            "data.multiturn.enable_thinking_key",
+            thinking,
+            kind="flag",
+            optional=thinking == usual.enable_thinking_key,
+        ),
     )
 
 
@@ -121,6 +149,8 @@ def type_fault(column: Column, kind: pa.DataType) -> TypeFault | None:
 
     Before each key a list of structs is taken for its only element, as verl does.
     """
+    if column.kind != "text":
+        return _cell_fault(column, kind)
     path = column.name
     for key in column.keys:
         while is_list(kind):
@@ -138,6 +168,24 @@ def type_fault(column: Column, kind: pa.DataType) -> TypeFault | None:
     if not column.keys and (pa.types.is_struct(kind) or is_list(kind)):
         rule += f"; {column.keys_option} descends into structs"
     return TypeFault(column.option, path, rule)
+
+
+def _cell_fault(column: Column, kind: pa.DataType) -> TypeFault | None:
+    """Why cells of this type cannot be a list of messages or tools, or a truth value."""
+    if pa.types.is_null(kind) and column.kind == "flag":
+        return None
+    if column.kind == "flag":
+        good = pa.types.is_boolean(kind) or pa.types.is_integer(kind)
+        expected = "boolean"
+    else:
+        inner = kind.value_type if is_list(kind) else None  # type: ignore[attr-defined]
+        good = is_text(kind) or (inner is not None and (pa.types.is_struct(inner) or is_text(inner)))
+        # Tools of a file whose rows have none.
+        good = good or (column.optional and (pa.types.is_null(kind) or (inner is not None and pa.types.is_null(inner))))
+        expected = "a list of structs, or JSON text"
+    if good:
+        return None
+    return TypeFault(column.option, column.name, f"{column.name} is {kind}, expected {expected}")
 
 
 def read_texts(batch: pa.RecordBatch, columns: Sequence[Column]) -> list[Cell]:
@@ -159,10 +207,10 @@ def _joined(cells: tuple[Cell, ...]) -> Cell:
 
 
 def _column_texts(array: pa.Array, column: Column) -> list[Cell]:
-    return [_text(value, column) for value in _python_values(array)]
+    return [_text(value, column) for value in python_values(array)]
 
 
-def _python_values(array: pa.Array) -> list[Any]:
+def python_values(array: pa.Array) -> list[Any]:
     """Values of an array; a cell that is not valid UTF-8 (a lone surrogate, say) becomes Unreadable."""
     try:
         return array.to_pylist()
@@ -174,7 +222,7 @@ def _python_value(scalar: pa.Scalar) -> Any:
     try:
         return scalar.as_py()
     except UnicodeDecodeError as error:
-        return Unreadable(f"not valid UTF-8 at byte {error.start}")
+        return Unreadable(f"not valid UTF-8 at byte {error.start}", Fault.UNDECODABLE)
 
 
 def _text(value: Any, column: Column) -> Cell:

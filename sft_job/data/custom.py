@@ -42,6 +42,7 @@ _NOT_COMPARED = frozenset(
         "use_dynamic_bsz",
         "max_token_len_per_gpu",
         "balance_dp_token",
+        "max_rejected_fraction",
         "custom_cls",
         "use_shm",
         "cache_dir",

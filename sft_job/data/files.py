@@ -21,8 +21,9 @@ import pyarrow.parquet as pq
 from sft_job.config.schema import JobConfig
 from sft_job.config.sets import Split, check_sets, data_sets
 from sft_job.contract import ExitCode
-from sft_job.data.columns import Column, own_options, plain, text_columns, type_fault
+from sft_job.data.columns import Column, message_columns, own_options, plain, text_columns, type_fault
 from sft_job.data.custom import custom_class
+from sft_job.data.footer import UNREADABLE, Group, footer_fault, read_groups
 from sft_job.errors import Problem, ProblemsError
 
 _MAGIC = b"PAR1"
@@ -188,7 +189,7 @@ def check_files(files: Sequence[Path], columns: Sequence[Column], key: str) -> l
 
     Args:
         files: as ``resolve_files`` found them.
-        columns: columns that every file must hold as text.
+        columns: columns that every file must hold, but for optional ones.
         key: the option that names the files.
     """
     return footer_problems(files, read_footers(files, columns, key), key)
@@ -225,10 +226,13 @@ def _read_footer(file: Path, columns: Sequence[Column], key: str) -> FileFooter:
             return FileFooter(faults=(fault,))
         with pq.ParquetFile(file) as parquet:
             schema, metadata = parquet.schema_arrow, parquet.metadata
-    except (OSError, pa.ArrowException) as error:
+        groups = read_groups(file)
+        if rule := footer_fault(metadata, groups, file.stat().st_size):
+            return FileFooter(faults=(FileFault(key, f"is damaged: {rule}", "copy it again"),))
+        faults = _schema_faults(schema, columns, key)
+        return FileFooter(metadata.num_rows, _text_bytes(groups, columns), tuple(faults))
+    except UNREADABLE as error:
         return FileFooter(faults=(FileFault(key, f"cannot be read as parquet: {_first_line(error)}"),))
-    faults = _schema_faults(schema, columns, key)
-    return FileFooter(metadata.num_rows, _text_bytes(metadata, columns), tuple(faults))
 
 
 def _not_parquet(file: Path, key: str) -> FileFault | None:
@@ -259,6 +263,8 @@ def _schema_faults(schema: pa.Schema, columns: Sequence[Column], key: str) -> li
     faults: list[FileFault] = []
     for column in columns:
         indices = schema.get_all_field_indices(column.name)
+        if not indices and column.optional:
+            continue
         if not indices:
             rule = f"no column {column.name!r}; found {_listing(schema.names, 20)}"
             faults.append(FileFault(column.option, rule, _did_you_mean_name(column.name, schema.names)))
@@ -277,16 +283,9 @@ def _did_you_mean_name(name: str, names: Sequence[str]) -> str:
     return f"did you mean {by_folded[close[0]]!r}?" if close else ""
 
 
-def _text_bytes(metadata: pq.FileMetaData, columns: Sequence[Column]) -> int:
+def _text_bytes(groups: Sequence[Group], columns: Sequence[Column]) -> int:
     names = {column.name for column in columns}
-    total = 0
-    for group_index in range(metadata.num_row_groups):
-        group = metadata.row_group(group_index)
-        for index in range(group.num_columns):
-            chunk = group.column(index)
-            if chunk.path_in_schema.split(".")[0] in names or chunk.path_in_schema in names:
-                total += chunk.total_uncompressed_size
-    return total
+    return sum(chunk.text_bytes for group in groups for chunk in group.chunks if chunk.path[0] in names)
 
 
 def check_data(config: JobConfig) -> list[Problem]:
@@ -308,8 +307,9 @@ def check_data(config: JobConfig) -> list[Problem]:
             continue
         for each in data_sets(config.data, split):
             prompt, response = text_columns(each.data)
+            columns = message_columns(each.data) or (*prompt, *response)
             files, not_found = resolve_files(each.entry.files, each.option)
             problems += not_found
             if not by_class:
-                problems += check_files(files, own_options([*prompt, *response], each), each.option)
+                problems += check_files(files, own_options(columns, each), each.option)
     return problems

@@ -1,29 +1,59 @@
-"""Token caches of a run, before its ranks start, and the report on its data."""
+"""Token caches of a run, before its ranks start; the report on its data, and the list of rows that it leaves out."""
 
 from __future__ import annotations
 
 import json
+import logging
 import uuid
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sft_job.config.schema import JobConfig
-from sft_job.contract import RunFolder
+from sft_job.config.sets import DataSet
+from sft_job.contract import ExitCode, RunFolder
 from sft_job.data.build import Progress
-from sft_job.data.cache import CacheSpec, TokenCache, open_or_build
+from sft_job.data.cache import CacheSpec, TokenCache, judge_rows, open_or_build
+from sft_job.data.faults import Judged
 from sft_job.data.files import check_files
-from sft_job.data.mixture import MixedSet, Mixture, named_caches
+from sft_job.data.mixture import MixedSet, Mixture
+from sft_job.data.rejected import write_rejected_rows
 from sft_job.data.shm import SHM, Warn, to_shm
 from sft_job.data.spec import Split, cache_specs
+from sft_job.data.template_check import check_templates
 from sft_job.data.workers import available_cores
-from sft_job.errors import Problem, ProblemsError, raise_problems
+from sft_job.errors import JobError, Problem, ProblemsError, raise_problems
+
+
+@dataclass(frozen=True)
+class PreparedSet:
+    """One data set of a run.
+
+    Attributes:
+        split: what it is for.
+        source: its name and its entry; None where sets have no names.
+        cache: its rows.
+        judged: what its rejected rows mean for the run.
+    """
+
+    split: Split
+    source: DataSet | None
+    cache: TokenCache
+    judged: Judged
+
+    @property
+    def name(self) -> str:
+        """Its name within the split; where sets have none, the split's."""
+        return self.source.name if self.source else self.split
 
 
 def prepare(
     config: JobConfig, run: RunFolder, progress: Progress | None = None, warn: Warn | None = None, shm: Path = SHM
 ) -> tuple[TokenCache | Mixture, TokenCache | Mixture | None]:
-    """Open or build the caches of the training and the validation rows.
+    """Test the chat template, then open or build the caches of the training and the validation rows.
+
+    ``logs/data_report.json`` and ``logs/rejected_rows.parquet`` are written, also where the rows are refused.
 
     Args:
         config: the run's settings.
@@ -37,19 +67,29 @@ def prepare(
 
     Raises:
         ProblemsError: all that is wrong with all data sets: exit 65, 66 or 2; 73 for the cache's folder.
-        JobError: exit 137, where a worker process was killed.
+        JobError: exit 137, where a worker process was killed; 73 where the logs cannot be written.
     """
     folder = Path(config.data.cache_dir).expanduser() if config.data.cache_dir else run.cache
     workers = config.data.num_workers or available_cores()
+    warn = warn or logging.getLogger("sft_job").warning
     problems: list[Problem] = []
     specs: list[CacheSpec] = []
-    caches: dict[Split, list[MixedSet]] = {"train": [], "val": []}
+    sets: list[PreparedSet] = []
     splits: tuple[Split, Split] = ("train", "val")
     for split in splits:
         try:
             specs += cache_specs(config, split)
         except ProblemsError as error:
             problems += error.problems
+    if specs:
+        try:
+            template = check_templates(specs)
+        except ProblemsError as error:
+            problems += error.problems
+        else:
+            problems += template.problems
+            for line in template.warnings:
+                warn(line)
     for spec in specs:
         try:
             if problems:  # the run ends anyway: only what is quick to find out
@@ -57,36 +97,61 @@ def prepare(
             else:
                 if config.data.use_shm:
                     spec = replace(spec, copies=tuple(to_shm(spec.files, shm, warn)))
-                caches[spec.split].append(_mixed(spec, open_or_build(spec, folder, workers, progress)))
+                cache = open_or_build(spec, folder, workers, progress)
+                judged = judge_rows(cache, spec, config.data.max_rejected_fraction, run.rejected_rows)
+                sets.append(PreparedSet(spec.split, spec.source, cache, judged))
         except ProblemsError as error:
             problems += error.problems
+    problems += [problem for prepared in sets for problem in prepared.judged.problems]
+    if sets:
+        _write_logs(run, sets)
     raise_problems([problem for index, problem in enumerate(problems) if problem not in problems[:index]])
-    return _rows(caches["train"]), _rows(caches["val"]) if caches["val"] else None
+    for prepared in sets:
+        if prepared.judged.warning:
+            warn(prepared.judged.warning)
+    train, val = (_rows([prepared for prepared in sets if prepared.split == split]) for split in splits)
+    if train is None:
+        raise RuntimeError("no training rows and no problem that says why")
+    return train, val
 
 
-def _mixed(spec: CacheSpec, cache: TokenCache) -> MixedSet:
-    if spec.source is None:
-        return MixedSet("", cache)
-    entry = spec.source.entry
-    weight, repeat = (None if share is None else float(share) for share in (entry.weight, entry.repeat))
-    return MixedSet(spec.source.name, cache, weight, repeat)
+def _rows(sets: Sequence[PreparedSet]) -> TokenCache | Mixture | None:
+    mixed: list[MixedSet] = []
+    for each in sets:
+        if each.source is None:
+            return each.cache
+        entry = each.source.entry
+        weight, repeat = (None if share is None else float(share) for share in (entry.weight, entry.repeat))
+        mixed.append(MixedSet(each.name, each.cache, weight, repeat))
+    return Mixture(mixed) if mixed else None
 
 
-def _rows(sets: list[MixedSet]) -> TokenCache | Mixture:
-    """A set without a name is the only one."""
-    return sets[0].cache if not sets[0].name else Mixture(sets)
+def _write_logs(run: RunFolder, sets: Sequence[PreparedSet]) -> None:
+    try:
+        write_rejected_rows(
+            run.rejected_rows, [(each.split, each.name, each.cache.files, each.cache.rejected) for each in sets]
+        )
+        write_report(run, sets)
+    except OSError as error:
+        raise JobError(ExitCode.CANNOT_CREATE, f"{run.logs} cannot be written: {error}") from error
 
 
-def write_report(run: RunFolder, train: TokenCache | Mixture, val: TokenCache | Mixture | None) -> None:
-    """Write ``logs/data_report.json``: counts, notes and warnings of both splits, or of each of their named sets."""
-    report = {"train": _report(train), "val": _report(val) if val else None}
+def set_report(name: str, cache: TokenCache, warnings: Sequence[str] = ()) -> dict[str, Any]:
+    """The report on one data set: counts of rows and tokens in all and for each file, notes and warnings."""
+    return {"name": name, **cache.report, "warnings": [*cache.report["warnings"], *warnings]}
+
+
+def write_report(run: RunFolder, sets: Sequence[PreparedSet]) -> None:
+    """Write ``logs/data_report.json``: for ``train`` and ``val`` a list of the reports on their data sets.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    report: dict[Split, list[dict[str, Any]]] = {"train": [], "val": []}
+    for each in sets:
+        warnings = [each.judged.warning] if each.judged.warning else []
+        report[each.split].append(set_report(each.name, each.cache, warnings))
     run.logs.mkdir(parents=True, exist_ok=True)
     temporary = run.data_report.with_name(f".{run.data_report.name}.{uuid.uuid4().hex}")
     temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     temporary.replace(run.data_report)
-
-
-def _report(rows: TokenCache | Mixture) -> Any:
-    if isinstance(rows, TokenCache):
-        return rows.report
-    return [{"name": name, **cache.report} for name, cache in named_caches(rows).items()]

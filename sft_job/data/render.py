@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft_job.contract import ExitCode
+from sft_job.data.chat import ChatTemplate, TemplateFailure
+from sft_job.data.encode import Encoder
 from sft_job.data.tokenizer import load_tokenizer, renderer_fingerprint
 from sft_job.errors import Problem, ProblemsError
 
@@ -22,13 +24,11 @@ if TYPE_CHECKING:
 __all__ = ["PromptResponseRenderer", "Rendered", "TemplateFailure", "fingerprint", "load_tokenizer", "truncate"]
 
 # Counted up with every change that gives other ids or other spans for the same row.
-_VERSION = 1
+_VERSION = 2
 _TEMPLATE_OPTION = "data.chat_template"
 _KWARGS_OPTION = "data.apply_chat_template_kwargs"
 _PROBE = "probe"
 _SENTINEL = "sentinelcontent"
-# The library keeps the merges of the first 10,000 words that it meets, for good; texts of a training set have more.
-_WORDS_REMEMBERED = 100_000
 _RESERVED = frozenset(
     {
         "conversation",
@@ -47,10 +47,6 @@ _RESERVED = frozenset(
 )
 
 
-class TemplateFailure(Exception):
-    """The chat template failed; the text says with what."""
-
-
 @dataclass(frozen=True, slots=True)
 class Rendered:
     """One row as tokens.
@@ -58,10 +54,12 @@ class Rendered:
     Attributes:
         ids: token ids.
         spans: trained stretches, ``(start, end)`` with end exclusive, in order and apart from one another.
+        control_tokens: control tokens that stand in the row's text and were encoded as plain text.
     """
 
     ids: list[int]
     spans: tuple[tuple[int, int], ...]
+    control_tokens: tuple[str, ...] = ()
 
     @property
     def prompt_length(self) -> int:
@@ -82,7 +80,8 @@ def truncate(row: Rendered, max_length: int, side: str) -> Rendered:
     first = surplus if side == "left" else 0
     last = first + max_length
     clipped = ((max(start, first) - first, min(end, last) - first) for start, end in row.spans)
-    return Rendered(row.ids[first:last], tuple((start, end) for start, end in clipped if end > start))
+    spans = tuple((start, end) for start, end in clipped if end > start)
+    return Rendered(row.ids[first:last], spans, row.control_tokens)
 
 
 def fingerprint(
@@ -92,10 +91,27 @@ def fingerprint(
     return renderer_fingerprint(folder, template, template_kwargs, trust_remote_code, _VERSION)
 
 
+def check_variables(template_kwargs: Mapping[str, Any]) -> None:
+    """Refuse variables for the template that the job sets itself.
+
+    Raises:
+        ProblemsError: exit 2.
+    """
+    problems = [
+        Problem(ExitCode.CONFIG, f"{_KWARGS_OPTION}.{name}", "is set by the job itself", "remove it", value)
+        for name, value in template_kwargs.items()
+        if name in _RESERVED
+    ]
+    if problems:
+        raise ProblemsError(problems)
+
+
 class PromptResponseRenderer:
     """Renders prompt/response rows.
 
     Attributes:
+        template: the chat template in force.
+        encoder: makes ids of text.
         end_of_turn_id: the token that ends a response, trained with it.
         notes: what was found out about template and tokenizer, for the log and the data report.
     """
@@ -106,6 +122,7 @@ class PromptResponseRenderer:
         *,
         chat_template: str | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
+        allow_control_tokens: bool = False,
     ) -> None:
         """Probe the template.
 
@@ -113,22 +130,19 @@ class PromptResponseRenderer:
             tokenizer: it is this renderer's from now on: its padding and truncation are turned off.
             chat_template: Jinja text to use instead of the tokenizer's own; None = the tokenizer's, if it has one.
             template_kwargs: extra variables for the template.
+            allow_control_tokens: control tokens in a row's text act as control tokens.
 
         Raises:
             ProblemsError: exit 2, where the template fails on a plain prompt or no token can end a turn.
         """
         self._tokenizer: Any = tokenizer
         self._template_kwargs = dict(template_kwargs or {})
-        # The tokenizers library itself, without transformers' padding, masks and warnings around each call.
-        self._backend: Any = self._tokenizer.backend_tokenizer if tokenizer.is_fast else None
-        if self._backend is not None:
-            self._backend.no_truncation()
-            self._backend.no_padding()
-            _remember_words(self._backend)
         self._chat_template = chat_template
-        self.has_template = bool(chat_template or self._tokenizer.chat_template)
+        self.template = ChatTemplate(tokenizer, chat_template, self._template_kwargs)
+        self.has_template = self.template.exists
+        self.encoder = Encoder(tokenizer, allow_control_tokens=allow_control_tokens, chat_template=chat_template)
         self.notes: list[str] = []
-        self._check_kwargs()
+        check_variables(self._template_kwargs)
         if self.has_template:
             self._check_template()
         self._strips_eos = not self.has_template and self._appends_eos()
@@ -140,11 +154,16 @@ class PromptResponseRenderer:
         Raises:
             TemplateFailure: on one of the prompts; render one by one to find which.
         """
+        shown = [self.encoder.protect(prompt) for prompt in prompts]
+        told = [self.encoder.protect(response) for response in responses]
+        encoded = zip(self._encode_protected(shown), self.encoder.encode(told), strict=True)
         rows: list[Rendered] = []
-        answers = self._encode(responses, special_tokens=False)
-        for prompt, answer in zip(self.encode_prompts(prompts), answers, strict=True):
+        for row, (prompt, answer) in enumerate(encoded):
             ids = [*prompt, *answer, self.end_of_turn_id]
-            rows.append(Rendered(ids, ((len(prompt), len(ids)),)))
+            quoted: tuple[str, ...] = ()
+            if shown[row] is not prompts[row] or told[row] is not responses[row]:
+                quoted = tuple(self.encoder.control_tokens_in(f"{prompts[row]}\0{responses[row]}"))
+            rows.append(Rendered(ids, ((len(prompt), len(ids)),), quoted))
         return rows
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
@@ -153,52 +172,24 @@ class PromptResponseRenderer:
         Raises:
             TemplateFailure: on one of the prompts.
         """
+        return self._encode_protected([self.encoder.protect(prompt) for prompt in prompts])
+
+    def _encode_protected(self, prompts: Sequence[str]) -> list[list[int]]:
         if self.has_template:
             conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
-            return self._encode(self._rendering(conversations, generation_prompt=True), special_tokens=False)
-        encoded = self._encode(prompts, special_tokens=True)
+            return self.encoder.encode(self.template.render(conversations, generation_prompt=True))
+        encoded = self.encoder.encode(prompts, special_tokens=True)
         # The tokenizer takes the prompt for a whole document; its end comes after the response instead.
         return [ids[:-1] for ids in encoded] if self._strips_eos else encoded
 
-    def _rendering(self, conversations: list[list[dict[str, str]]], generation_prompt: bool) -> list[str]:
-        if not conversations:
-            return []
-        try:
-            return self._tokenizer.apply_chat_template(
-                conversations,
-                chat_template=self._chat_template,
-                add_generation_prompt=generation_prompt,
-                tokenize=False,
-                **self._template_kwargs,
-            )
-        except Exception as error:  # a template is a program of its own: it may fail with anything
-            text = " ".join(str(error).split())[:300]
-            raise TemplateFailure(f"{type(error).__name__}: {text}") from error
-
-    def _encode(self, texts: Sequence[str], special_tokens: bool) -> list[list[int]]:
-        if not texts:
-            return []
-        if self._backend is None:
-            return self._tokenizer(list(texts), add_special_tokens=special_tokens, verbose=False)["input_ids"]
-        return [item.ids for item in self._backend.encode_batch_fast(list(texts), add_special_tokens=special_tokens)]
-
     def _appends_eos(self) -> bool:
-        with_special, without = (self._encode([_PROBE], special)[0] for special in (True, False))
+        with_special, without = (self.encoder.encode([_PROBE], special)[0] for special in (True, False))
         eos = self._tokenizer.eos_token_id
         return eos is not None and with_special[-1:] == [eos] and without[-1:] != [eos]
 
-    def _check_kwargs(self) -> None:
-        problems = [
-            Problem(ExitCode.CONFIG, f"{_KWARGS_OPTION}.{name}", "is set by the job itself", "remove it", value)
-            for name, value in self._template_kwargs.items()
-            if name in _RESERVED
-        ]
-        if problems:
-            raise ProblemsError(problems)
-
     def _check_template(self) -> None:
         try:
-            self._rendering([[{"role": "user", "content": _PROBE}]], generation_prompt=True)
+            self.template.render([[{"role": "user", "content": _PROBE}]], generation_prompt=True)
         except TemplateFailure as failure:
             whose = _TEMPLATE_OPTION if self._chat_template else f"{_TEMPLATE_OPTION} (the tokenizer's own)"
             rule = f"fails on a conversation of one user message: {failure}"
@@ -226,18 +217,11 @@ class PromptResponseRenderer:
         """The first special or added token behind an assistant's content in a rendering made for this."""
         conversation = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _SENTINEL}]
         try:
-            text = self._rendering([conversation], generation_prompt=False)[0]
+            text = self.template.render([conversation])[0]
         except TemplateFailure as failure:
             self.notes.append(f"the chat template fails on an assistant's turn: {failure}")
             return None
         _, found, rest = text.rpartition(_SENTINEL)
         added = {*self._tokenizer.added_tokens_decoder, *self._tokenizer.all_special_ids}
-        ids = self._encode([rest], special_tokens=False)[0] if found else []
+        ids = self.encoder.encode([rest])[0] if found else []
         return next((token for token in ids if token in added), None)
-
-
-def _remember_words(backend: Any) -> None:
-    """Make room for more words in a BPE model's cache: about a tenth faster, some 20 MB, the same ids."""
-    resize = getattr(backend.model, "_resize_cache", None)
-    if resize is not None:
-        resize(_WORDS_REMEMBERED)

@@ -13,7 +13,7 @@ from typing import Any
 from sft_job.config.schema import JobConfig
 from sft_job.config.sets import DataSet, Split, data_sets
 from sft_job.contract import ExitCode
-from sft_job.data.columns import Column, plain, text_columns
+from sft_job.data.columns import Column, message_columns, plain, text_columns
 from sft_job.data.custom import CustomClass, custom_class
 from sft_job.data.files import resolve_files
 from sft_job.data.render import fingerprint as renderer_fingerprint
@@ -33,6 +33,8 @@ class CacheSpec:
         files: parquet files, in the order of their rows.
         prompt: columns of the prompt.
         response: columns of the response.
+        messages: columns of messages, tools and thinking, which are read instead; empty = prompts and responses.
+        train_on: the assistant's turns that are trained: ``all`` or ``last``.
         tokenizer: folder of the tokenizer.
         max_length: longest row in tokens.
         truncation: ``error``, ``left`` or ``right``.
@@ -40,6 +42,7 @@ class CacheSpec:
         chat_template: text of a template that takes the place of the tokenizer's; None = the tokenizer's.
         template_kwargs: extra variables for the template.
         trust_remote_code: run Python code that the tokenizer's folder brings.
+        allow_control_tokens: control tokens in a row's text act as control tokens.
         custom: the user's class that reads the files and makes tokens of them; None = the job's own way.
         copies: copies of the files, in the same order, which are read in their place; messages name the files.
         source: the named data set that this is; None where sets have no names. Names and shares make no other tokens.
@@ -56,6 +59,9 @@ class CacheSpec:
     chat_template: str | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     trust_remote_code: bool = False
+    allow_control_tokens: bool = False
+    messages: tuple[Column, ...] = ()
+    train_on: str = "all"
     custom: CustomClass | None = None
     copies: tuple[Path, ...] = ()
     source: DataSet | None = None
@@ -80,7 +86,7 @@ class CacheSpec:
         """All columns of text that are read; a class of the user's own reads what it likes."""
         if self.custom:
             return ()
-        return (*self.prompt, *self.response)
+        return self.messages or (*self.prompt, *self.response)
 
     def fingerprint(self) -> str:
         """SHA-256 over the files' contents (not their paths or times), the tokenizer, the template and the options.
@@ -98,10 +104,14 @@ class CacheSpec:
             "max_samples": max(self.max_samples, -1),
             "max_length": self.max_length,
             "truncation": self.truncation,
+            "allow_control_tokens": self.allow_control_tokens,
             "renderer": renderer_fingerprint(
                 self.tokenizer, self.chat_template, self.template_kwargs, self.trust_remote_code
             ),
         }
+        if self.messages:
+            parts["messages"] = [asdict(column) for column in self.messages]
+            parts["train_on"] = self.train_on
         if self.custom:
             parts["custom"] = self.custom.fingerprint()
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -192,5 +202,8 @@ def cache_spec(config: JobConfig, split: Split, option: str | None = None) -> Ca
         chat_template=template,
         template_kwargs=plain(data.apply_chat_template_kwargs) or {},
         trust_remote_code=config.model.trust_remote_code,
+        allow_control_tokens=data.allow_control_tokens,
+        messages=() if custom else message_columns(data),
+        train_on=data.multiturn.train_on,
         custom=custom,
     )

@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
-from sft_job.checkpoint.huggingface import WeightsHash, write_weights
+from sft_job.checkpoint.huggingface import WeightsHash, write_companions, write_weights
+from sft_job.data.template_check import saved_stops
+from tests.tiny import model_config, save_tokenizer
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -60,3 +63,34 @@ def test_the_hash_sees_every_bit_name_shape_and_dtype() -> None:
     assert len({digest(each) for each in (plain, bit, renamed, reshaped, other)}) == 5
     assert digest(tensors()) == digest(plain)
     assert digest({"x": torch.ones(3, dtype=torch.bfloat16)}) != digest({"x": torch.zeros(3, dtype=torch.bfloat16)})
+
+
+@pytest.mark.parametrize(
+    ("generation", "expected", "note"),
+    [
+        ([0, 1], [2, 0, 1], "'<|im_end|>' (id 2), which ends a turn, added to [0, 1]"),
+        (0, [2, 0], "'<|im_end|>' (id 2), which ends a turn, added to 0"),
+        ([0, 2], [2, 0], ""),
+        (2, 2, ""),
+        (None, [2, 0], "added to 0"),  # no generation_config.json: the model's config counts
+    ],
+)
+def test_generation_of_the_export_stops_at_the_trained_token(tmp_path, generation, expected, note) -> None:
+    base, folder = tmp_path / "base", tmp_path / "out"
+    folder.mkdir()
+    tokenizer = save_tokenizer(base)
+    config = model_config("qwen3", len(tokenizer))
+    config.eos_token_id = 0
+    config.save_pretrained(base)
+    if generation is not None:
+        settings = {"eos_token_id": generation, "temperature": 0.6}
+        (base / "generation_config.json").write_text(json.dumps(settings))
+    said = write_companions(folder, config, torch.float32, "Qwen3ForCausalLM", base, tokenizer, 2)
+    assert note in said
+    assert bool(said) == bool(note)
+    saved = json.loads((folder / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == expected
+    assert saved.get("temperature") == (0.6 if generation is not None else None)
+    assert json.loads((folder / "config.json").read_text())["eos_token_id"] == [2, 0]
+    assert config.eos_token_id == 0
+    assert saved_stops(folder)[1] == (expected if isinstance(expected, list) else [expected])

@@ -16,7 +16,7 @@ import pytest
 
 from sft_job.contract import ExitCode
 from sft_job.data import cache as cache_module
-from sft_job.data.cache import CacheSpec, DamagedCacheError, TokenCache, open_cache, open_or_build
+from sft_job.data.cache import CacheSpec, DamagedCacheError, TokenCache, judge_rows, open_cache, open_or_build
 from sft_job.data.columns import Column
 from sft_job.data.render import PromptResponseRenderer, load_tokenizer, truncate
 from sft_job.errors import JobError, ProblemsError
@@ -93,10 +93,14 @@ def test_a_file_listed_twice_counts_twice_with_a_warning(spec: MakeSpec, tmp_pat
 
 
 def test_empty_prompts_and_responses_are_rows(spec: MakeSpec, tmp_path: Path) -> None:
+    """An empty response trains the end of the turn; a row without any text is rejected."""
     file = write(tmp_path / "a.parquet", prompt=["", "p", ""], response=["r", "", ""])
     cache = open_or_build(spec(file), tmp_path / "cache", 1)
-    assert cache.targets.tolist()[1:] == [1, 1]
+    assert cache.targets.tolist()[1:] == [1]
     assert cache.row(1).ids[-1] == 2
+    assert "1 of 3 rows of data.train_files train one token" in cache.report["notes"][-1]
+    (problem,) = judge_rows(cache, spec(file), 0.0).problems
+    assert f"1 of 3 rows are empty: neither prompt nor response has a character:\n      {file} row 2:" in problem.rule
 
 
 def test_structs_and_several_columns(spec: MakeSpec, tmp_path: Path) -> None:
@@ -123,11 +127,11 @@ def test_max_samples_takes_the_first_rows_over_the_files(spec: MakeSpec, tmp_pat
         open_or_build(spec(*files, max_samples=0), tmp_path / "cache", 1)
 
 
-def refused(subject: CacheSpec, folder: Path) -> ProblemsError:
-    with pytest.raises(ProblemsError) as raised:
-        open_or_build(subject, folder, 1)
-    assert folders(folder) == []
-    return raised.value
+def refused(subject: CacheSpec, folder: Path, workers: int = 1) -> ProblemsError:
+    """The error for the rows; the cache is there all the same."""
+    cache = open_or_build(subject, folder, workers)
+    assert folders(folder) == [cache.folder.name]
+    return ProblemsError(judge_rows(cache, subject, 0.0).problems)
 
 
 def test_overlong_rows_are_counted_and_the_first_ten_shown(spec: MakeSpec, tmp_path: Path) -> None:
@@ -147,10 +151,9 @@ def test_overlong_rows_are_counted_and_the_first_ten_shown(spec: MakeSpec, tmp_p
 def test_cells_without_text_are_counted_by_row(spec: MakeSpec, tmp_path: Path) -> None:
     raw = pa.array([b"a", b"\xed\xa0\x80", b"c", b"d"]).view(pa.string())
     file = write(tmp_path / "a.parquet", prompt=raw, response=["r", "r", None, "r"])
-    (problem,) = refused(spec(file), tmp_path / "cache").problems
-    assert "2 of 4 rows have no text as prompt or response" in problem.rule
-    assert f"{file} row 1: not valid UTF-8 at byte 0" in problem.rule
-    assert f"{file} row 2: response is null" in problem.rule
+    null, undecodable = refused(spec(file), tmp_path / "cache").problems
+    assert null.rule == f"1 of 4 rows have no text to train on:\n      {file} row 2: response is null"
+    assert f"1 of 4 rows hold bytes that are not valid UTF-8:\n      {file} row 1: not valid UTF-8" in undecodable.rule
 
 
 def test_rows_that_the_template_refuses(spec: MakeSpec, tmp_path: Path) -> None:
@@ -182,13 +185,17 @@ def test_flipped_bytes_in_a_page_are_found_and_named(spec: MakeSpec, tmp_path: P
     bad.write_bytes(broken)
     (problem,) = refused(spec(good, bad), tmp_path / "cache").problems
     assert problem.code is ExitCode.DATA
-    assert f"1 row group cannot be read:\n      {bad} row group 1" in problem.rule
+    assert (
+        f"100 of 600 rows cannot be read; the first ones (rows count from 0):\n      {bad} row group 1: "
+        in problem.rule
+    )
 
 
 def test_footers_are_checked_before_any_row(spec: MakeSpec, tmp_path: Path) -> None:
     file = write(tmp_path / "a.parquet", Prompt=["a"], response=["b"])
-    (problem,) = refused(spec(file), tmp_path / "cache").problems
-    assert "no column 'prompt'" in problem.rule
+    with pytest.raises(ProblemsError, match="no column 'prompt'"):
+        open_or_build(spec(file), tmp_path / "cache", 1)
+    assert folders(tmp_path / "cache") == []
 
 
 def test_equal_content_is_one_cache_with_todays_paths(spec: MakeSpec, tmp_path: Path) -> None:
@@ -376,9 +383,12 @@ def test_the_cache_is_the_same_for_any_number_of_workers(
 
 
 def test_faults_are_counted_exactly_over_several_workers(large: list[Path], spec: MakeSpec, tmp_path: Path) -> None:
-    with pytest.raises(ProblemsError) as raised:
-        open_or_build(spec(*large, max_length=50), tmp_path / "cache", 2)
-    (problem,) = raised.value.problems
+    subject = spec(*large, max_length=50)
+    (problem,) = refused(subject, tmp_path / "cache", 2).problems
+    listed = pq.read_table(open_or_build(subject, tmp_path / "cache", 2).rejected).to_pydict()
+    assert listed["row"] == [*range(4000), *range(100)] + [*range(100)] * 19
+    assert listed["file"] == sorted(listed["file"])
+    assert set(listed["kind"]) == {"overlong"}
     assert "6,000 of 6,000 rows are longer than 50 tokens" in problem.rule
     assert [line.split(": ")[0].rsplit(" ", 1)[1] for line in problem.rule.splitlines()[1:]] == [*map(str, range(10))]
 

@@ -253,7 +253,7 @@ def test_a_sample_spread_over_all_rows(make: Callable[..., JobConfig]) -> None:
     for wanted, read in ((20, 20), (30, 40), (10_000, 50), (3, 3)):
         spec = cache_spec(config, "train")
         assert spec is not None
-        counts, notes, problems = check_sample(spec, wanted)
+        counts, notes, problems, _ = check_sample(spec, wanted)
         assert (counts.rows_read, problems) == (read, [])
         assert counts.longest_row > 25
         assert "Counting" in notes[0]

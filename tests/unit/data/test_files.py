@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from sft_job.config.schema import JobConfig
 from sft_job.contract import ExitCode
 from sft_job.data.columns import Column, Unreadable, read_texts
+from sft_job.data.faults import Fault
 from sft_job.data.files import check_data, check_files, resolve_files
 from tests.unit.data.conftest import write
 
@@ -247,7 +248,7 @@ def test_several_columns_are_joined_by_a_line_break() -> None:
 def test_bytes_that_are_no_utf8_spoil_their_cell_only() -> None:
     raw = pa.array([b"good", b"\xed\xa0\x80", b"fine"]).view(pa.string())
     texts = read_texts(pa.record_batch({"prompt": raw}), [PROMPT])
-    assert texts == ["good", Unreadable("not valid UTF-8 at byte 0"), "fine"]
+    assert texts == ["good", Unreadable("not valid UTF-8 at byte 0", Fault.UNDECODABLE), "fine"]
 
 
 def test_check_data_collects_both_splits_and_takes_null_for_no_validation(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from sft_job.config.schema import JobConfig
 from sft_job.contract import ExitCode, RunFolder
 from sft_job.data.cache import cache_spec
 from sft_job.data.columns import Column
-from sft_job.data.prepare import prepare, write_report
+from sft_job.data.prepare import prepare
 from sft_job.data.workers import _cgroup_cores, available_cores
 from sft_job.errors import ProblemsError
 from tests.unit.data.conftest import CHATML, rows_file, write
@@ -32,11 +32,11 @@ def test_both_splits_are_prepared_in_the_run_folder(config: JobConfig, tmp_path:
     assert val is not None
     assert (train.num_rows, val.num_rows) == (12, 5)
     assert {train.folder.parent, val.folder.parent} == {run.cache}
-    write_report(run, train, val)
     report = json.loads(run.data_report.read_text())
-    assert report["train"]["rows_usable"] == 12
-    assert report["val"]["files"][0]["path"] == config.data.val_files
-    assert [path.name for path in run.logs.iterdir()] == ["data_report.json"]
+    (train_report,), (val_report,) = report["train"], report["val"]
+    assert (train_report["name"], train_report["rows_usable"]) == ("train", 12)
+    assert (val_report["name"], val_report["files"][0]["path"]) == ("val", config.data.val_files)
+    assert sorted(path.name for path in run.logs.iterdir()) == ["data_report.json", "rejected_rows.parquet"]
 
 
 def test_another_cache_folder_and_no_validation(config: JobConfig, tmp_path: Path) -> None:
@@ -46,8 +46,7 @@ def test_another_cache_folder_and_no_validation(config: JobConfig, tmp_path: Pat
     train, val = prepare(config, run)
     assert val is None
     assert train.folder.parent == tmp_path / "shared"
-    write_report(run, train, None)
-    assert json.loads(run.data_report.read_text())["val"] is None
+    assert json.loads(run.data_report.read_text())["val"] == []
 
 
 def test_everything_wrong_with_both_splits_is_said_at_once(config: JobConfig, tmp_path: Path) -> None:
@@ -68,8 +67,9 @@ def test_rows_of_both_splits_are_looked_at(config: JobConfig, tmp_path: Path) ->
     config.data.max_length = 20
     with pytest.raises(ProblemsError) as raised:
         prepare(config, RunFolder(tmp_path / "run"))
-    (problem,) = raised.value.problems
-    assert "of 12 rows are longer" in problem.rule
+    train, val = raised.value.problems
+    assert "of 12 rows are longer" in train.rule
+    assert "of 5 rows are longer" in val.rule
 
 
 def test_a_spec_from_a_config(config: JobConfig, tmp_path: Path) -> None:

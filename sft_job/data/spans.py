@@ -1,0 +1,279 @@
+"""Which characters of a template's rendering are trained, proved turn by turn.
+
+Trained is what the template shows of an assistant's thoughts, content and tool calls, with all that it writes between
+them, from where a generation prompt would end to the token that ends the turn, that token included. Role headers,
+what a generation prompt ends with, and empty blocks of thoughts that the template makes are not.
+
+Three ways to prove where a turn stands, the first that succeeds counts:
+
+1. The template marks it with ``{% generation %}``. What is marked is cut to the definition above.
+2. The rendering with the turn's texts replaced by marks gives the whole one when they are put back (``fields.py``).
+   One more rendering does so for all turns of a row.
+3. The rendering up to the turn with a generation prompt, and the one including it, are both beginnings of the whole.
+
+Where none does, there is a reason instead of a span.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from sft_job.data.chat import ChatTemplate, TemplateFailure
+from sft_job.data.fields import Masked, Place, mark, marked
+from sft_job.data.turns import Turns, after_empty_thoughts, begins_without_thoughts
+
+Span = tuple[int, int]
+# A template's bridges are few; texts that stand in one, where they could not be told apart, would fill the memory.
+_REMEMBERED = 4096
+# The mark of no field.
+_ANSWER = 999_999
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """Where the fields of a conversation stand in its rendering.
+
+    Attributes:
+        masked: the conversation with marks.
+        places: of the marks' fields.
+    """
+
+    masked: Masked
+    places: list[Place]
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation as the template is given it.
+
+    Attributes:
+        messages: the messages.
+        tools: descriptions of tools.
+        variables: more variables for the template.
+        thoughts: names under which an assistant's thoughts stand in its message.
+        trained: numbers of the messages that are trained.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+    variables: Mapping[str, Any]
+    thoughts: tuple[str, ...]
+    trained: tuple[int, ...]
+
+
+class Unproved(Exception):
+    """A turn that none of the three ways proves; the text says which."""
+
+
+class SpanFinder:
+    """Finds the trained characters of renderings."""
+
+    def __init__(self, template: ChatTemplate, turns: Turns) -> None:
+        """Begin with nothing but the template's frame of turns."""
+        self._template = template
+        self._turns = turns
+        self._prompt_lengths: dict[tuple[Any, ...], int | None] = {}
+
+    def find(
+        self, chat: Chat, rendering: str, fields: Located | None, blocks: Sequence[Span] | None = None
+    ) -> list[Span]:
+        """The trained characters, in order: ``(start, end)``, end exclusive.
+
+        Args:
+            chat: the conversation.
+            rendering: what the template makes of it.
+            fields: where its fields stand; None where that is not proved.
+            blocks: the template's ``{% generation %}`` blocks; None where it has none.
+
+        Raises:
+            Unproved: a turn's place is not certain.
+        """
+        located = {number: self._located(chat, number, fields) for number in chat.trained} if fields else {}
+        if blocks is not None:
+            spans = self._marked(chat, rendering, fields, located, blocks)
+            if spans is not None:
+                return spans
+        spans = []
+        for number in chat.trained:
+            span = located.get(number) or self._between_prefixes(chat, number, rendering)
+            if span is None:
+                raise Unproved(f"messages[{number}]: {_reason(number, fields)}")
+            spans.append(span)
+        if any(later[0] < earlier[1] for earlier, later in pairwise(spans)):
+            raise Unproved("turns overlap in the template's rendering")
+        return spans
+
+    # Replaced texts
+
+    def _located(self, chat: Chat, number: int, fields: Located) -> Span | None:
+        places = fields.places
+        own = [place for place in places if place.field.message == number]
+        if not own:
+            return None
+        # A function's name may stand once more in the tool's answer, a text only once.
+        firsts = list({place.number: place for place in reversed(own)}.values())
+        if any(place.field.kind != "call" for place in own if place not in firsts):
+            return None
+        first, last = min(firsts, key=lambda place: place.start), max(firsts, key=lambda place: place.start)
+        if any(place.field.message != number for place in places if first.start <= place.start <= last.start):
+            return None
+        if last.field.kind == "call" and self._names_a_stop(chat.messages[number]):
+            return None
+        prompt = self._prompt_length(chat, number, first, fields.masked)
+        end = self._turns.end(last.after, of_call=last.field.kind == "call")
+        if prompt is None or end is None:
+            return None
+        shows_thoughts = first.field.kind == "thoughts" or begins_without_thoughts(chat.messages[number]["content"])
+        start = prompt if shows_thoughts else after_empty_thoughts(first.before, prompt)
+        return first.start - len(first.before) + start, last.end + end
+
+    def _names_a_stop(self, message: Mapping[str, Any]) -> bool:
+        """A call's arguments hold a token that ends turns, where control tokens are allowed in texts."""
+        return any(stop in str(message["tool_calls"]) for stop in self._turns.stops)
+
+    def _prompt_length(self, chat: Chat, number: int, first: Place, found: Masked) -> int | None:
+        """Characters of ``first.before`` that are the prompt of the turn; rendered once for each bridge."""
+        before = chat.messages[number - 1]["role"] if number else ""
+        key = (first.before, before, first.previous is None, bool(chat.tools), str(chat.variables))
+        if key not in self._prompt_lengths:
+            if len(self._prompt_lengths) >= _REMEMBERED:
+                self._prompt_lengths.clear()
+            self._prompt_lengths[key] = self._rendered_prompt_length(chat, number, first, found)
+        return self._prompt_lengths[key]
+
+    def _rendered_prompt_length(self, chat: Chat, number: int, first: Place, found: Masked) -> int | None:
+        earlier = found.messages[:number]
+        asked = self._bridge(chat, earlier, first.previous, generation_prompt=True)
+        if asked is None:
+            return self._turns.prompt_length_at_start(first.before) if not number else None
+        plain = self._bridge(chat, earlier, first.previous) or ""
+        answer = [*earlier, {"role": "assistant", "content": mark(_ANSWER)}]
+        header = self._bridge(chat, answer, first.previous, behind=False) or ""
+        return self._turns.prompt_length(first.before, asked, plain, header)
+
+    def _bridge(
+        self,
+        chat: Chat,
+        messages: Sequence[Mapping[str, Any]],
+        previous: int | None,
+        generation_prompt: bool = False,
+        behind: bool = True,
+    ) -> str | None:
+        """What the template writes behind the field ``previous``; None where it refuses or shows other fields."""
+        text = self._render(chat, messages, generation_prompt)
+        if text is None:
+            return None
+        literals, numbers = marked(text)
+        if not behind:
+            if not numbers or numbers.pop() != _ANSWER:
+                return None
+            literals.pop()
+        return literals[-1] if (numbers[-1] if numbers else None) == previous else None
+
+    def _render(self, chat: Chat, messages: Sequence[Mapping[str, Any]], generation_prompt: bool = False) -> str | None:
+        try:
+            return self._template.render(
+                [messages], tools=[chat.tools], generation_prompt=generation_prompt, kwargs=chat.variables
+            )[0]
+        except TemplateFailure:
+            return None
+
+    # Generation blocks
+
+    def _marked(
+        self,
+        chat: Chat,
+        rendering: str,
+        fields: Located | None,
+        located: Mapping[int, Span | None],
+        blocks: Sequence[Span],
+    ) -> list[Span] | None:
+        """The blocks, cut to the turns that they belong to; None where one of them belongs to none."""
+        turns = {number: span for number, span in located.items() if span}
+        if fields is None or len(turns) < len(chat.trained):
+            return self._marked_alone(chat, rendering, blocks)
+        places = fields.places
+        assistants = {number for number, message in enumerate(chat.messages) if message["role"] == "assistant"}
+        spans: list[Span] = []
+        for start, end in blocks:
+            within = {
+                place.field.message
+                for place in places
+                if (start < place.end and place.start < end) or (start <= place.start and place.end <= end)
+            }
+            if len(within) > 1 or not within <= assistants:
+                return None
+            if not within:
+                continue
+            number = within.pop()
+            if number not in turns:  # a turn that is not trained
+                continue
+            first, last = turns[number]
+            fields_end = max(
+                place.end for place in places if place.field.message == number and first <= place.start < last
+            )
+            spans.append((max(start, first), last if end >= fields_end else min(end, last)))
+        return spans
+
+    def _marked_alone(self, chat: Chat, rendering: str, blocks: Sequence[Span]) -> list[Span] | None:
+        """The blocks by themselves, one for each of the assistant's turns."""
+        numbers = [number for number, message in enumerate(chat.messages) if message["role"] == "assistant"]
+        if len(numbers) != len(blocks):
+            return None
+        header = self._turns.generation_prompt
+        spans: list[Span] = []
+        for number, (start, end) in zip(numbers, blocks, strict=True):
+            message = chat.messages[number]
+            body = rendering[start:end]
+            if header and body.startswith(header):
+                start += len(header)
+            elif not rendering.endswith(header, 0, start):
+                return None
+            if message["content"].strip() not in body:
+                return None
+            if not (chat.thoughts and any(name in message for name in chat.thoughts)) and not begins_without_thoughts(
+                message["content"]
+            ):
+                start = after_empty_thoughts(rendering, start)
+            inside = self._turns.end_of_body(rendering[start:end])
+            behind = self._turns.end(rendering[end : end + 200], of_call=False)
+            if inside is None and behind is None:
+                return None
+            if number in chat.trained:
+                spans.append((start, start + inside if inside is not None else end + (behind or 0)))
+        return spans
+
+    # Prefixes
+
+    def _between_prefixes(self, chat: Chat, number: int, rendering: str) -> Span | None:
+        message = chat.messages[number]
+        if self._turns.control.search(message["content"]) if self._turns.control.pattern else False:
+            return None
+        prompt = self._render(chat, chat.messages[:number], generation_prompt=True)
+        turn = self._render(chat, chat.messages[: number + 1])
+        if prompt is None or turn is None or not rendering.startswith(turn) or not turn.startswith(prompt):
+            return None
+        start = len(prompt)
+        has_thoughts = any(name in message for name in chat.thoughts)
+        if not has_thoughts and "</think" not in message["content"]:
+            start = after_empty_thoughts(turn, start)
+        if prompt == self._render(chat, chat.messages[:number]) and not self._goes_on_with(message, turn[start:]):
+            return None
+        end = self._turns.end_of_body(turn[start:])
+        return None if end is None else (start, start + end)
+
+    def _goes_on_with(self, message: Mapping[str, Any], body: str) -> bool:
+        """The stretch begins with the message's content, not with a header that the template did not write before."""
+        content = message["content"].strip()
+        return body.lstrip().startswith(content or self._turns.stops) and not (
+            message.get("tool_calls") and not content
+        )
+
+
+def _reason(number: int, fields: Located | None) -> str:
+    if fields and not any(place.field.message == number for place in fields.places):
+        return "the template shows nothing of this turn, or of tool calls without content"
+    return "neither generation blocks nor replaced texts nor prefixes prove where the template shows this turn"

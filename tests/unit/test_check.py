@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sft_job.check import check_job
+from sft_job.contract import ExitCode
+from tests.tiny import CHATML, save_model, write_rows
+
+Check = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def check(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Check:
+    """``check(*overrides)`` of a small job: the exit code, what it said, its errors."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    model, rows = save_model(tmp_path / "model"), write_rows(tmp_path / "train.parquet", 8)
+
+    config = tmp_path / "config.yaml"
+    config.write_text("data: {train_batch_size: 4}\n")
+
+    def run(*overrides: str) -> tuple[int, str, str]:
+        settings = [
+            f"model.partial_pretrain={model}",
+            f"data.train_files={rows}",
+            f"trainer.default_local_dir={tmp_path / 'run'}",
+            "trainer.logger=[console]",
+            "trainer.total_epochs=1",
+            *overrides,
+        ]
+        capsys.readouterr()
+        code = check_job(str(config), settings, {"NPROC_PER_NODE": "1"})
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def test_the_template_has_a_line(check: Check, tmp_path: Path) -> None:
+    code, out, err = check()
+    assert (code, err) == (ExitCode.DONE, "")
+    (line,) = [line for line in out.splitlines() if line.startswith("template")]
+    assert "a turn ends with '<|im_end|>' (id 2), trained once; generation stops at it; control tokens in" in line
+    template = tmp_path / "broken.jinja"
+    template.write_text(CHATML.replace("add_generation_prompt", "never"))
+    code, out, err = check(f"data.chat_template={template}")
+    assert code == ExitCode.CONFIG
+    assert err.startswith("1 problem:\ndata.chat_template\n    writes no generation prompt: ")
+    template.write_text("{{ raise_exception('no') }}")
+    code, out, err = check(f"data.chat_template={template}")
+    assert code == ExitCode.CONFIG
+    assert err.startswith("1 problem:\n")
