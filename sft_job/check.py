@@ -97,7 +97,7 @@ def _check_start(config: JobConfig) -> list[Problem]:
 
 def _check_template(config: JobConfig, table: Table) -> list[Problem]:
     try:
-        report = check_templates([*cache_specs(config, "train"), *cache_specs(config, "val")])
+        report = check_templates(cache_specs(config, "train"))
     except ProblemsError:  # told of with the rows
         return []
     if report.text():
@@ -108,7 +108,7 @@ def _check_template(config: JobConfig, table: Table) -> list[Problem]:
 
 
 def _check_split(config: JobConfig, split: Split, table: Table, full: bool) -> list[Problem]:
-    """A line for each data set of a split."""
+    """Lines for each data set of a split."""
     try:
         specs = cache_specs(config, split)
     except ProblemsError as error:
@@ -118,15 +118,15 @@ def _check_split(config: JobConfig, split: Split, table: Table, full: bool) -> l
     problems: list[Problem] = []
     for spec in specs:
         try:
-            problems += _check_set(spec, config, table, full)
+            problems += _check_set(config, spec, table, full)
         except ProblemsError as error:
-            problems += [problem for problem in error.problems if problem not in problems]
+            problems += error.problems
         except JobError as error:
             problems.append(Problem(error.code, spec.files_option, str(error)))
     return problems
 
 
-def _check_set(spec: CacheSpec, config: JobConfig, table: Table, full: bool) -> list[Problem]:
+def _check_set(config: JobConfig, spec: CacheSpec, table: Table, full: bool) -> list[Problem]:
     allowed = config.data.max_rejected_fraction
     looked = check_all(spec, allowed, config.data.num_workers) if full else check_sample(spec, SAMPLE_ROWS, allowed)
     counts = looked.counts

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_job.config.schema import JobConfig
+from sft_job.config.sets import DataSet
 from sft_job.contract import ExitCode, RunFolder
 from sft_job.data.build import Progress
 from sft_job.data.cache import CacheSpec, TokenCache, open_or_build
@@ -30,19 +31,21 @@ class PreparedSet:
     """One data set of a run.
 
     Attributes:
-        spec: what it is made from.
+        split: what it is for.
+        source: its name and its entry; None where sets have no names.
         cache: its rows.
         judged: what its rejected rows mean for the run.
     """
 
-    spec: CacheSpec
+    split: Split
+    source: DataSet | None
     cache: TokenCache
     judged: Judged
 
     @property
     def name(self) -> str:
-        """Its name; that of the split where sets have no names."""
-        return self.spec.source.name if self.spec.source else self.spec.split
+        """Its name within the split; where sets have none, the split's."""
+        return self.source.name if self.source else self.split
 
 
 def prepare(
@@ -96,7 +99,7 @@ def prepare(
                     spec = replace(spec, copies=tuple(to_shm(spec.files, shm, warn)))
                 cache = open_or_build(spec, folder, workers, progress)
                 judged = judge_rows(cache, spec, config.data.max_rejected_fraction, run.rejected_rows)
-                sets.append(PreparedSet(spec, cache, judged))
+                sets.append(PreparedSet(spec.split, spec.source, cache, judged))
         except ProblemsError as error:
             problems += error.problems
     problems += [problem for prepared in sets for problem in prepared.judged.problems]
@@ -106,27 +109,27 @@ def prepare(
     for prepared in sets:
         if prepared.judged.warning:
             warn(prepared.judged.warning)
-    train, val = ([_mixed(each) for each in sets if each.spec.split == split] for split in splits)
-    return _rows(train), _rows(val) if val else None
+    train, val = (_rows([prepared for prepared in sets if prepared.split == split]) for split in splits)
+    if train is None:
+        raise RuntimeError("no training rows and no problem that says why")
+    return train, val
 
 
-def _mixed(prepared: PreparedSet) -> MixedSet:
-    if prepared.spec.source is None:
-        return MixedSet("", prepared.cache)
-    entry = prepared.spec.source.entry
-    weight, repeat = (None if share is None else float(share) for share in (entry.weight, entry.repeat))
-    return MixedSet(prepared.spec.source.name, prepared.cache, weight, repeat)
-
-
-def _rows(sets: list[MixedSet]) -> TokenCache | Mixture:
-    """A set without a name is the only one."""
-    return sets[0].cache if not sets[0].name else Mixture(sets)
+def _rows(sets: Sequence[PreparedSet]) -> TokenCache | Mixture | None:
+    mixed: list[MixedSet] = []
+    for each in sets:
+        if each.source is None:
+            return each.cache
+        entry = each.source.entry
+        weight, repeat = (None if share is None else float(share) for share in (entry.weight, entry.repeat))
+        mixed.append(MixedSet(each.name, each.cache, weight, repeat))
+    return Mixture(mixed) if mixed else None
 
 
 def _write_logs(run: RunFolder, sets: Sequence[PreparedSet]) -> None:
     try:
         write_rejected_rows(
-            run.rejected_rows, [(each.spec.split, each.name, each.cache.files, each.cache.rejected) for each in sets]
+            run.rejected_rows, [(each.split, each.name, each.cache.files, each.cache.rejected) for each in sets]
         )
         write_report(run, sets)
     except OSError as error:
@@ -147,7 +150,7 @@ def write_report(run: RunFolder, sets: Sequence[PreparedSet]) -> None:
     report: dict[Split, list[dict[str, Any]]] = {"train": [], "val": []}
     for each in sets:
         warnings = [each.judged.warning] if each.judged.warning else []
-        report[each.spec.split].append(set_report(each.name, each.cache, warnings))
+        report[each.split].append(set_report(each.name, each.cache, warnings))
     run.logs.mkdir(parents=True, exist_ok=True)
     temporary = run.data_report.with_name(f".{run.data_report.name}.{uuid.uuid4().hex}")
     temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

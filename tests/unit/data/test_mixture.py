@@ -273,6 +273,20 @@ def test_sets_of_other_columns_share_their_caches_with_other_runs(model_folder: 
     assert len(list(run.cache.glob("train-*"))) == 2
 
 
+def test_conversations_beside_prompts(model_folder: Path, tmp_path: Path) -> None:
+    turns = [[{"role": "user", "content": "node"}, {"role": "assistant", "content": word}] for word in ("tree", "leaf")]
+    chat = str(write(tmp_path / "chat.parquet", talk=turns))
+    plain = str(write(tmp_path / "plain.parquet", prompt=["node", "node"], response=["tree", "leaf"]))
+    config = config_of(model_folder, {"chat": {"files": chat, "messages_key": "talk"}, "plain": plain})
+    train, _ = prepare(config, RunFolder(tmp_path / "run"))
+    assert isinstance(train, Mixture)
+    assert (train.names, train.num_rows) == (("chat", "plain"), 4)
+    ids = [train.row(row).ids.tolist() for row in range(4)]
+    assert [each[: len(ids[2])] for each in ids[:2]] == ids[2:], "the same words in the same template"
+    config.data.train_files["chat"]["messages_key"] = "messages"
+    assert [each.subject for each in check_data(config)] == ["data.train_files.chat.messages_key"]
+
+
 def test_what_is_wrong_with_all_sets_at_once(model_folder: Path, tmp_path: Path) -> None:
     other = str(write(tmp_path / "other.parquet", q=["one"], a=["1"]))
     sets = {"gone": str(tmp_path / "gone.parquet"), "x": {"files": other, "prompt_key": "p", "response_key": "a"}}
