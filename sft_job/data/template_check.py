@@ -16,6 +16,7 @@ from typing import Any
 from sft_job.contract import ExitCode
 from sft_job.data.chat import TemplateFailure
 from sft_job.data.control_tokens import MARK, restore
+from sft_job.data.messages import MessageRenderer
 from sft_job.data.render import PromptResponseRenderer
 from sft_job.data.spec import CacheSpec
 from sft_job.data.template_shape import check_shape
@@ -37,13 +38,13 @@ def check_template(spec: CacheSpec) -> TemplateReport:
     if spec.custom:
         return TemplateReport()
     tokenizer = load_tokenizer(spec.tokenizer, spec.trust_remote_code)
+    options: dict[str, Any] = {
+        "chat_template": spec.chat_template,
+        "template_kwargs": spec.template_kwargs,
+        "allow_control_tokens": spec.allow_control_tokens,
+    }
     try:
-        renderer = PromptResponseRenderer(
-            tokenizer,
-            chat_template=spec.chat_template,
-            template_kwargs=spec.template_kwargs,
-            allow_control_tokens=spec.allow_control_tokens,
-        )
+        renderer = (MessageRenderer if spec.messages else PromptResponseRenderer)(tokenizer, **options)
     except ProblemsError as error:
         return TemplateReport(problems=list(error.problems))
     subject = Subject(
@@ -52,8 +53,9 @@ def check_template(spec: CacheSpec) -> TemplateReport:
         renderer.encoder,
         renderer.end_of_turn_id,
         spec.tokenizer,
-        lambda user, answer: renderer.render([user], [answer])[0],
+        renderer.row,
         own=not spec.chat_template,
+        messages=bool(spec.messages),
     )
     return self_test(subject)
 

@@ -8,12 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sft_job.contract import ExitCode
 from sft_job.data.conversation import Conversation, conversation
-from sft_job.data.faults import Fault
 from sft_job.data.messages import MessageRenderer, Rejected
-from sft_job.data.render import PromptResponseRenderer, Rendered
-from sft_job.errors import ProblemsError
+from sft_job.data.render import Rendered
 from tests.unit.data.families import FAMILIES, FOLDER, family_tokenizer
 
 TOOLS = [
@@ -193,7 +190,7 @@ def draw_thoughts(draw: st.DrawFn) -> dict[str, str]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("blanks", [False, True], ids=["exact", "blanks"])
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(drawn=conversations())
 def test_what_is_trained_is_the_assistants_or_the_row_is_rejected(
     family: str, blanks: bool, drawn: tuple[list[dict[str, Any]], Any, Any]
