@@ -20,6 +20,7 @@ from sft_job.checkpoint.huggingface import FILE_BYTES, WeightsWriter, whole_tens
 from sft_job.checkpoint.state import read_state, saved_config
 from sft_job.config.schema import JobConfig
 from sft_job.contract import ExitCode, RunFolder, step_of
+from sft_job.data.messages import MessageRenderer
 from sft_job.data.render import PromptResponseRenderer
 from sft_job.data.tokenizer import load_tokenizer, template_text
 from sft_job.errors import JobError
@@ -139,7 +140,8 @@ def _write_adapters(folder: Path, tensors: Iterator[tuple[str, Tensor]], *, writ
 def _write_companions(folder: Path, lm: PreTrainedModel, dtype: torch.dtype, config: JobConfig) -> str:
     base = Path(config.model.partial_pretrain or "")
     tokenizer = load_tokenizer(base, config.model.trust_remote_code)
-    renderer = PromptResponseRenderer(
+    kind = MessageRenderer if config.data.multiturn.enable else PromptResponseRenderer
+    renderer = kind(
         tokenizer,
         chat_template=template_text(config.data.chat_template),
         template_kwargs=config.data.apply_chat_template_kwargs,

@@ -114,7 +114,7 @@ def _message(entry: Any, path: str) -> tuple[Message, bool | None]:
     found: Message = {**message, "role": role}
     if calls:
         found["tool_calls"] = [_call(call, f"{path}.tool_calls[{n}]") for n, call in enumerate(calls)]
-    if reasoning:
+    if reasoning and reasoning.strip():
         found["reasoning_content"] = reasoning
     content = message.get("content")
     if content is None:

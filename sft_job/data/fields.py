@@ -111,7 +111,7 @@ class Masked:
         texts = {name: message[name] for name in thoughts if name in message}
         if texts:
             masked.update(dict.fromkeys(texts, self._mark(place, "thoughts", next(iter(texts.values())))))
-        parts = _THOUGHT_TAGS.split(message["content"])
+        parts = _parts(message["content"])
         even_blank = self.full and len(parts) == 1 and not message.get("tool_calls")
         masked["content"] = "".join(
             part if number % 2 else self._mark(place, "content", part, even_blank) for number, part in enumerate(parts)
@@ -121,6 +121,24 @@ class Masked:
                 {**call, "function": {**call["function"], "name": self._mark(place, "call", call["function"]["name"])}}
                 for call in calls
             ]
+
+
+def _parts(content: str) -> list[str]:
+    """Texts and, at odd places, the tags of thoughts between them; the whole where there is nothing but tags."""
+    parts = _THOUGHT_TAGS.split(content)
+    return parts if any(part.strip() for part in parts[::2]) else [content]
+
+
+def tags_before(content: str) -> str:
+    """What stands before the first text of a content that begins with tags of thoughts; else nothing."""
+    parts = _parts(content)
+    first = next((number for number, part in enumerate(parts) if number % 2 == 0 and part.strip()), 0)
+    return "".join(parts[:first])
+
+
+def has_tags(content: str) -> bool:
+    """Tags of thoughts stand in a content."""
+    return _THOUGHT_TAGS.search(content) is not None
 
 
 def masked(messages: Sequence[Mapping[str, Any]], thoughts: Sequence[str], full: bool) -> Masked:

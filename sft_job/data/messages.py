@@ -67,6 +67,7 @@ class MessageRenderer:
         template: the chat template in force.
         encoder: makes ids of text.
         turns: how the template frames the assistant's turns.
+        stop_ids: tokens that end turns, the one that ends a plain answer first.
         notes: what was found out about template and tokenizer, for the log and the data report.
     """
 
@@ -102,12 +103,30 @@ class MessageRenderer:
             rule = self._why_no_stop()
             fix = "a template that writes a special token, such as the eos token, behind each of the assistant's turns"
             raise ProblemsError([Problem(ExitCode.CONFIG, _OPTION, rule, fix)])
+        self.stop_ids = [self.encoder.control_ids[stop] for stop in self.turns.stops]
         self.notes = [f"the assistant's turns end with {' or '.join(map(repr, self.turns.stops))}"]
         if self.turns.arguments_as_text:
             self.notes.append("the chat template is given the arguments of tool calls as JSON text")
         self._finder = SpanFinder(self.template, self.turns)
         decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         self._tokens = TokenSpans(self.encoder, decode)  # type: ignore[arg-type]
+
+    @property
+    def end_of_turn_id(self) -> int:
+        """The token that ends a plain answer."""
+        return self.stop_ids[0]
+
+    def row(self, user: str, answer: str) -> Rendered:
+        """The row of a question and its answer.
+
+        Raises:
+            TemplateFailure: the template refuses it, or shows it so that nothing is certain.
+        """
+        messages = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+        (row,) = self.render([Conversation(messages, None, None, (False, True))])
+        if isinstance(row, Rejected):
+            raise TemplateFailure(row.reason)
+        return row
 
     def _why_no_stop(self) -> str:
         probe = [{"role": "user", "content": "probe"}, {"role": "assistant", "content": "probe"}]

@@ -22,8 +22,8 @@ from itertools import pairwise
 from typing import Any
 
 from sft_job.data.chat import ChatTemplate, TemplateFailure
-from sft_job.data.fields import Masked, Place, mark, marked
-from sft_job.data.turns import Turns, after_empty_thoughts, begins_without_thoughts
+from sft_job.data.fields import Masked, Place, has_tags, mark, marked, tags_before
+from sft_job.data.turns import Turns, after_empty_thoughts
 
 Span = tuple[int, int]
 # A template's bridges are few; texts that stand in one, where they could not be told apart, would fill the memory.
@@ -75,7 +75,7 @@ class SpanFinder:
         """Begin with nothing but the template's frame of turns."""
         self._template = template
         self._turns = turns
-        self._prompt_lengths: dict[tuple[Any, ...], int | None] = {}
+        self._prompt_lengths: dict[tuple[Any, ...], tuple[int, str] | None] = {}
 
     def find(
         self, chat: Chat, rendering: str, fields: Located | None, blocks: Sequence[Span] | None = None
@@ -91,7 +91,7 @@ class SpanFinder:
         Raises:
             Unproved: a turn's place is not certain.
         """
-        located = {number: self._located(chat, number, fields) for number in chat.trained} if fields else {}
+        located = {number: self._located(chat, number, rendering, fields) for number in chat.trained} if fields else {}
         if blocks is not None:
             spans = self._marked(chat, rendering, fields, located, blocks)
             if spans is not None:
@@ -108,7 +108,7 @@ class SpanFinder:
 
     # Replaced texts
 
-    def _located(self, chat: Chat, number: int, fields: Located) -> Span | None:
+    def _located(self, chat: Chat, number: int, rendering: str, fields: Located) -> Span | None:
         places = fields.places
         own = [place for place in places if place.field.message == number]
         if not own:
@@ -120,21 +120,31 @@ class SpanFinder:
         first, last = min(firsts, key=lambda place: place.start), max(firsts, key=lambda place: place.start)
         if any(place.field.message != number for place in places if first.start <= place.start <= last.start):
             return None
-        if last.field.kind == "call" and self._names_a_stop(chat.messages[number]):
+        of_call = last.field.kind == "call"
+        # A content of nothing but blanks may stand unmarked behind the thoughts.
+        if last.field.kind == "thoughts" or (of_call and self._names_a_stop(chat.messages[number])):
+            return None
+        if not fields.masked.full and not of_call and not chat.messages[number]["content"].strip():
             return None
         prompt = self._prompt_length(chat, number, first, fields.masked)
-        end = self._turns.end(last.after, of_call=last.field.kind == "call")
+        end = self._turns.end(last.after, of_call)
         if prompt is None or end is None:
             return None
-        shows_thoughts = first.field.kind == "thoughts" or begins_without_thoughts(chat.messages[number]["content"])
-        start = prompt if shows_thoughts else after_empty_thoughts(first.before, prompt)
-        return first.start - len(first.before) + start, last.end + end
+        length: int | None = prompt[0]
+        if first.field.kind != "thoughts":
+            length = after_empty_thoughts(first.before, prompt[0], tags_before(chat.messages[number]["content"]))
+        if length is None:
+            return None
+        start = first.start - len(first.before) + length
+        if prompt[1] and length == prompt[0] and rendering.startswith(prompt[1], start):
+            start += len(prompt[1])
+        return start, last.end + end
 
     def _names_a_stop(self, message: Mapping[str, Any]) -> bool:
         """A call's arguments hold a token that ends turns, where control tokens are allowed in texts."""
         return any(stop in str(message["tool_calls"]) for stop in self._turns.stops)
 
-    def _prompt_length(self, chat: Chat, number: int, first: Place, found: Masked) -> int | None:
+    def _prompt_length(self, chat: Chat, number: int, first: Place, found: Masked) -> tuple[int, str] | None:
         """Characters of ``first.before`` that are the prompt of the turn; rendered once for each bridge."""
         before = chat.messages[number - 1]["role"] if number else ""
         key = (first.before, before, first.previous is None, bool(chat.tools), str(chat.variables))
@@ -144,7 +154,7 @@ class SpanFinder:
             self._prompt_lengths[key] = self._rendered_prompt_length(chat, number, first, found)
         return self._prompt_lengths[key]
 
-    def _rendered_prompt_length(self, chat: Chat, number: int, first: Place, found: Masked) -> int | None:
+    def _rendered_prompt_length(self, chat: Chat, number: int, first: Place, found: Masked) -> tuple[int, str] | None:
         earlier = found.messages[:number]
         asked = self._bridge(chat, earlier, first.previous, generation_prompt=True)
         if asked is None:
@@ -234,10 +244,10 @@ class SpanFinder:
                 return None
             if message["content"].strip() not in body:
                 return None
-            if not (chat.thoughts and any(name in message for name in chat.thoughts)) and not begins_without_thoughts(
-                message["content"]
-            ):
-                start = after_empty_thoughts(rendering, start)
+            begin = self._without_empty_thoughts(chat, message, rendering, start)
+            if begin is None:
+                return None
+            start = begin
             inside = self._turns.end_of_body(rendering[start:end])
             behind = self._turns.end(rendering[end : end + 200], of_call=False)
             if inside is None and behind is None:
@@ -256,14 +266,20 @@ class SpanFinder:
         turn = self._render(chat, chat.messages[: number + 1])
         if prompt is None or turn is None or not rendering.startswith(turn) or not turn.startswith(prompt):
             return None
-        start = len(prompt)
-        has_thoughts = any(name in message for name in chat.thoughts)
-        if not has_thoughts and "</think" not in message["content"]:
-            start = after_empty_thoughts(turn, start)
+        start = self._without_empty_thoughts(chat, message, turn, len(prompt))
+        if start is None:
+            return None
         if prompt == self._render(chat, chat.messages[:number]) and not self._goes_on_with(message, turn[start:]):
             return None
         end = self._turns.end_of_body(turn[start:])
         return None if end is None else (start, start + end)
+
+    def _without_empty_thoughts(self, chat: Chat, message: Mapping[str, Any], text: str, start: int) -> int | None:
+        """As ``after_empty_thoughts``, where it is not known what of the text the template wrote."""
+        if any(name in message for name in chat.thoughts):
+            return start
+        place = after_empty_thoughts(text, start)
+        return None if place != start and has_tags(message["content"]) else place
 
     def _goes_on_with(self, message: Mapping[str, Any], body: str) -> bool:
         """The stretch begins with the message's content, not with a header that the template did not write before."""

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sft_job.contract import ExitCode
 from sft_job.data.chat import TemplateFailure
 from sft_job.data.control_tokens import MARK, restore
-from sft_job.data.conversation import Conversation
-from sft_job.data.messages import MessageRenderer, Rejected
-from sft_job.data.render import PromptResponseRenderer, Rendered
+from sft_job.data.messages import MessageRenderer
+from sft_job.data.render import PromptResponseRenderer
 from sft_job.data.spec import CacheSpec
 from sft_job.data.template_shape import check_shape
-from sft_job.data.template_subject import ANSWER, NEXT_ANSWER, NEXT_USER, USER, Subject, TemplateReport
+from sft_job.data.template_subject import ANSWER, USER, Subject, TemplateReport
 from sft_job.data.tokenizer import load_tokenizer
 from sft_job.errors import Problem, ProblemsError
 
@@ -88,16 +87,7 @@ def prompt_subject(tokenizer: Any, folder: Path, **options: Any) -> Subject:
     Raises:
         ProblemsError: exit 2, where the template cannot be used at all.
     """
-    renderer = PromptResponseRenderer(tokenizer, **options)
-    return Subject(
-        tokenizer,
-        renderer.template,
-        renderer.encoder,
-        renderer.end_of_turn_id,
-        folder,
-        lambda user, answer: renderer.render([user], [answer])[0],
-        own=not options.get("chat_template"),
-    )
+    return _subject(tokenizer, folder, PromptResponseRenderer(tokenizer, **options), options)
 
 
 def message_subject(tokenizer: Any, folder: Path, **options: Any) -> Subject:
@@ -106,25 +96,21 @@ def message_subject(tokenizer: Any, folder: Path, **options: Any) -> Subject:
     Raises:
         ProblemsError: exit 2, where the template cannot be used at all.
     """
-    renderer = MessageRenderer(tokenizer, **options)
+    return _subject(tokenizer, folder, MessageRenderer(tokenizer, **options), options)
 
-    def row(user: str, answer: str) -> Rendered:
-        texts = {"user": (user, NEXT_USER), "assistant": (answer, NEXT_ANSWER)}
-        messages = [{"role": role, "content": texts[role][turn]} for turn in (0, 1) for role in texts]
-        (made,) = renderer.render([Conversation(messages, None, None, (False, True) * 2)])
-        if isinstance(made, Rejected):
-            raise TemplateFailure(made.reason)
-        return made
 
+def _subject(
+    tokenizer: Any, folder: Path, renderer: PromptResponseRenderer | MessageRenderer, options: Mapping[str, Any]
+) -> Subject:
     return Subject(
         tokenizer,
         renderer.template,
         renderer.encoder,
-        renderer.encoder.control_ids[renderer.turns.stops[0]],
+        renderer.end_of_turn_id,
         folder,
-        row,
+        renderer.row,
         own=not options.get("chat_template"),
-        messages=True,
+        messages=isinstance(renderer, MessageRenderer),
     )
 
 

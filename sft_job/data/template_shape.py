@@ -86,8 +86,10 @@ def _check_beginning(subject: Subject, shown: _Shown, report: TemplateReport) ->
                 report.warnings.append(f"the chat template {problem.rule}")
             else:
                 report.problems.append(problem)
+        elif subject.messages:
+            report.found.append(f"a turn is trained from {cut(rest)!r} on")
         else:
-            report.warnings.append(_longer_head(subject, rest))
+            report.warnings.append(_longer_head(rest))
     elif bare != prompt and head.startswith(bare) and not _THOUGHTS.sub("", head[len(bare) :]).strip():
         report.warnings.append(_thoughts_in_prompt(subject, prompt[len(bare) :]))
     else:
@@ -132,13 +134,10 @@ def _thoughts_in_prompt(subject: Subject, prefill: str) -> str:
     )
 
 
-def _longer_head(subject: Subject, rest: str) -> str:
-    meaning = (
-        "is not trained" if subject.messages else "is missing in rows of prompt + response, unless responses hold it"
-    )
+def _longer_head(rest: str) -> str:
     return (
         f"the chat template writes {cut(rest)!r} between the generation prompt and an answer: at inference the model "
-        f"must write it itself, but it {meaning}"
+        "must write it itself, but it is missing in rows of prompt + response, unless responses hold it"
     )
 
 

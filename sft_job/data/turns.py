@@ -114,20 +114,8 @@ class Turns:
                 shared = token.start()
         return asked[shared:]
 
-    def prompt_length(self, bridge: str, asked: str, plain: str, answer: str) -> int | None:
+    def prompt_length(self, bridge: str, asked: str, plain: str, answer: str) -> tuple[int, str] | None:
         """How much of what stands before a turn's first field the turn is generated from, header included.
-
-        Args and result are those of ``_prompt_length``.
-        """
-        length = self._prompt_length(bridge, asked, plain, answer)
-        # Some templates ask for an answer without the header that they write before it, behind a tool's answer say.
-        header = _without_prefill(self.generation_prompt)
-        if length is not None and header.strip() and bridge.startswith(header, length):
-            return length + len(header)
-        return length
-
-    def _prompt_length(self, bridge: str, asked: str, plain: str, answer: str) -> int | None:
-        """How much of what stands before a turn's first field is the prompt that the turn is generated from.
 
         Args:
             bridge: what the template wrote before the turn's first field.
@@ -136,8 +124,19 @@ class Turns:
             answer: what it writes there before a plain answer; empty = unknown.
 
         Returns:
-            Characters of ``bridge``; None where the three cannot be brought together.
+            Characters of ``bridge``, and what the turn is generated from besides if it goes on with that; None where
+            the three cannot be brought together.
         """
+        length = self._prompt_length(bridge, asked, plain, answer)
+        if length is None:
+            return None
+        # Some templates ask for an answer without the header that they write before it, behind a tool's answer say.
+        header = _without_prefill(self.generation_prompt)
+        if header.strip() and bridge.startswith(header, length):
+            return length + len(header), ""
+        return length, "" if asked == plain else asked[length:]
+
+    def _prompt_length(self, bridge: str, asked: str, plain: str, answer: str) -> int | None:
         if asked == plain:
             # The template has no generation prompt: a header of the turn is missing in what it was asked.
             header = _NO_THOUGHTS.sub("", answer)
@@ -153,10 +152,10 @@ class Turns:
             return None
         return next((len(each) for each in (header, header.rstrip()) if each and bridge.startswith(each)), None)
 
-    def prompt_length_at_start(self, bridge: str) -> int | None:
+    def prompt_length_at_start(self, bridge: str) -> tuple[int, str] | None:
         """The same for a conversation that an assistant begins, where a template cannot be asked."""
         place = bridge.rfind(self.generation_prompt) if self.generation_prompt.strip() else -1
-        return place + len(self.generation_prompt) if place >= 0 else None
+        return (place + len(self.generation_prompt), "") if place >= 0 else None
 
     def end(self, tail: str, of_call: bool) -> int | None:
         """Where the turn ends in what the template wrote behind its last field: behind the token that ends it.
@@ -180,17 +179,24 @@ class Turns:
         return None
 
 
-def after_empty_thoughts(text: str, start: int) -> int:
-    """The place behind an empty block of thoughts that stands at ``start`` or around it; else ``start``."""
-    for match in _NO_THOUGHTS.finditer(text, max(0, start - 40), start + 80):
-        if match.end() > start and (match.start() <= start or text[start : match.start()].isspace()):
-            return match.end()
+def after_empty_thoughts(text: str, start: int, own: str = "") -> int | None:
+    """The place behind an empty block of thoughts that a template wrote; ``start`` where there is none.
+
+    Args:
+        text: what stands before a turn's first field.
+        start: where the turn begins in it; the block stands there, or around it.
+        own: tags of thoughts that the message itself has before its first text.
+
+    Returns:
+        None where the block may be the template's or the message's own.
+    """
+    own = own.strip()
+    for block in _NO_THOUGHTS.finditer(text, max(0, start - 40), start + 80):
+        if block.end() > start and (block.start() <= start or text[start : block.start()].isspace()):
+            if text[block.end() :].strip() == own or not own:
+                return block.end()
+            return start if text[block.start() :].strip() == own else None
     return start
-
-
-def begins_without_thoughts(text: str) -> bool:
-    """The text itself begins with an empty block of thoughts."""
-    return _NO_THOUGHTS.match(text.lstrip()) is not None
 
 
 def _without_prefill(prompt: str) -> str:

@@ -112,15 +112,19 @@ def phi(messages: Messages, index: int) -> str:
 
 def deepseek_r1(messages: Messages, index: int) -> str:
     message = messages[index]
+    content = message["content"]
     if calls := calls_of(message):
         shown = (
             f"<｜tool▁call▁begin｜>function<｜tool▁sep｜>{call['name']}\n```json\n{dumps(call['arguments'])}\n```"
             "<｜tool▁call▁end｜>"
             for call in calls
         )
-        frame = "<｜tool▁calls▁begin｜>" + "".join(shown) + "<｜tool▁calls▁end｜>"
-        return message["content"] + frame + "<｜end▁of▁sentence｜>"
-    return message["content"].split("</think>")[-1] + "<｜end▁of▁sentence｜>"
+        content += "<｜tool▁calls▁begin｜>" + "".join(shown) + "<｜tool▁calls▁end｜>"
+    else:
+        content = content.split("</think>")[-1]
+    # The generation prompt behind a question ends with the tag: a model that is asked does not write it.
+    asked = index == 0 or messages[index - 1]["role"] != "tool"
+    return (content.removeprefix("<think>\n") if asked else content) + "<｜end▁of▁sentence｜>"
 
 
 def harmony(messages: Messages, index: int) -> str:

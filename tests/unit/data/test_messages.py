@@ -190,7 +190,7 @@ def draw_thoughts(draw: st.DrawFn) -> dict[str, str]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("blanks", [False, True], ids=["exact", "blanks"])
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(drawn=conversations())
 def test_what_is_trained_is_the_assistants_or_the_row_is_rejected(
     family: str, blanks: bool, drawn: tuple[list[dict[str, Any]], Any, Any]
