@@ -108,7 +108,7 @@ def test_a_row_that_is_not_trained(preview: Preview, tmp_path: Path) -> None:
     result = preview(bad, "--row", "bad.parquet:1", "--json", "-")
     assert result.exit_code == 0, result.stderr
     record = json.loads(result.stdout)
-    assert record["reject_reason"].startswith("no text: ")
+    assert record["reject_reason"].startswith("no_text: ")
     assert record["input_ids"] == []
     told = preview(bad, "--row", "bad.parquet:1", "--html", str(tmp_path / "a.html"))
     assert "not trained" in told.stdout

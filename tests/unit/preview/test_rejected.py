@@ -54,10 +54,10 @@ def test_reasons(spec: CacheSpec, tmp_path: Path) -> None:
     pq.write_table(pa.table(texts), tmp_path / "a.parquet", row_group_size=2)
     subject = replace(spec, files=(tmp_path / "a.parquet",), max_length=100)
     assert reject_reason(subject, 0, 0) is None
-    assert str(reject_reason(subject, 0, 1)).startswith("no text: ")
+    assert str(reject_reason(subject, 0, 1)).startswith("no_text: ")
     assert str(reject_reason(subject, 0, 2)).startswith("overlong: ")
     short = replace(subject, max_length=5, truncation="right")
-    assert reject_reason(short, 0, 4) == "no token to train on within data.max_length = 5"
+    assert str(reject_reason(short, 0, 4)).startswith("without_target: no token to train on is left")
     with pytest.raises(ProblemsError, match="has 5 rows, numbered from 0 to 4"):
         reject_reason(subject, 0, 5)
 
