@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from sft_job import __version__
@@ -29,25 +31,29 @@ from sft_job.checkpoint.state import RunState, SourceState, flat_config, total_s
 from sft_job.config.load import run_folder
 from sft_job.config.schema import JobConfig
 from sft_job.contract import Env, ExitCode, RunFolder
-from sft_job.data.batches import BatchLoader
+from sft_job.data.batches import BatchLoader, PackedBatch
 from sft_job.data.mixture import Mixture, Rows, named_caches, training_order
 from sft_job.data.order import FileOrder, StepRows
 from sft_job.data.packing import pack_settings
 from sft_job.data.places import open_places
 from sft_job.data.prepare import prepare
+from sft_job.data.tokenizer import load_tokenizer
 from sft_job.errors import JobError
 from sft_job.evaluate import EvaluationRows, ValidationLoss, validation_loss
 from sft_job.export import export_live
+from sft_job.forensics import BadSteps
+from sft_job.memory import is_out_of_memory, memory_by_kind, out_of_memory_text, remedies, shapes_text
 from sft_job.metrics.flops import FlopsShape, model_flops, peak_flops
 from sft_job.metrics.loggers import Loggers, make_loggers
-from sft_job.metrics.meters import StepMeter
+from sft_job.metrics.meters import GIB, StepMeter
 from sft_job.model.build import build_model
 from sft_job.model.causal_lm import CausalLMLoss
 from sft_job.model.lora import uses_lora
 from sft_job.model.precision import precision_of
 from sft_job.optimizer import build_optimizer, learning_rate
 from sft_job.parallel.mesh import Mesh, build_mesh
-from sft_job.runtime import Runtime, StopWish, agree
+from sft_job.rehearsal import accumulates, heaviest_rows, rehearse
+from sft_job.runtime import Runtime, StopWish, agree, peak_memory
 from sft_job.trainer import Ending, Schedule, Trainer
 
 log = logging.getLogger(__name__)
@@ -59,32 +65,68 @@ class Job:
     """A run that is ready to train.
 
     Attributes:
+        config: its settings.
+        runtime: this rank.
         module: sharded, filled, in training mode.
         optimizer: over its parameters, with its states where the run goes on.
         trainer: the loop.
         loader: this rank's batches.
         loggers: on rank 0, None elsewhere.
         store: a second place for checkpoints, on rank 0 where one is set.
-        timeout_seconds: how long the other ranks wait for rank 0.
+        longest: micro-batches of the rehearsal, the largest that the run will meet; empty = none.
     """
 
+    config: JobConfig
+    runtime: Runtime
     module: CausalLMLoss
     optimizer: torch.optim.Optimizer
     trainer: Trainer
     loader: BatchLoader
     loggers: Loggers | None
     store: RemoteStore | None
-    timeout_seconds: int
+    longest: list[PackedBatch]
 
     def run(self) -> Ending:
-        """Train to the end or to a stop (a collective call)."""
+        """Train to the end or to a stop (a collective call).
+
+        Raises:
+            JobError: with the exit code of what went wrong; 88 where device memory ran out.
+        """
         first, last = self.trainer.state.step, self.trainer.schedule.total_steps
-        with contextlib.closing(self.loader.steps(first, last)) as batches:
+        with self._memory_explained("in the rehearsal of the longest batch, before step"):
+            self._rehearse()
+        with self._memory_explained("at step"), contextlib.closing(self.loader.steps(first, last)) as batches:
             ending = self.trainer.run(batches)
         if self.store is not None:
             # A scheduler that asked for a stop will not wait for an upload; the end of a run does.
-            self.store.close(_STOP_UPLOAD_SECONDS if ending.stopped else 0.8 * self.timeout_seconds)
+            self.store.close(_STOP_UPLOAD_SECONDS if ending.stopped else 0.8 * self.config.trainer.timeout_seconds)
         return ending
+
+    def _rehearse(self) -> None:
+        if not self.longest:
+            return
+        rehearse(self.trainer.accumulate, self.module, self.optimizer, self.longest)
+        peak = peak_memory(self.runtime.device)
+        if self.loggers is not None:
+            ulysses = self.config.ulysses_sequence_parallel_size
+            used = f", peak memory {peak / GIB:.1f} GiB" if peak is not None else ""
+            self.loggers.message(f"rehearsal: {shapes_text(self.longest[0], ulysses)}{used}")
+
+    @contextlib.contextmanager
+    def _memory_explained(self, stage: str) -> Iterator[None]:
+        """Turn a lack of device memory into what it was for, where all of it is, and what would need less (88)."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            batch, config, rank = self.trainer.working_on, self.config, self.runtime.rank
+            where = f"{stage} {self.trainer.state.step + 1} on rank {rank}"
+            if batch is not None:
+                where += f": {shapes_text(batch, config.ulysses_sequence_parallel_size)}"
+            kinds = memory_by_kind(self.module, self.optimizer, self.runtime.device)
+            advice = remedies(config, batch.max_seqlen if batch else config.data.max_length, self.runtime.world)
+            raise JobError(ExitCode.OUT_OF_MEMORY, out_of_memory_text(error, where, kinds, advice)) from error
 
     def close(self) -> None:
         """Close what is still open, also after an error."""
@@ -177,12 +219,14 @@ def build_job(config: JobConfig, runtime: Runtime, stop: StopWish, start: Start)
             supervised_tokens=state.supervised_tokens,
         ),
         lambda batch: model_flops(shape, rows.lengths[batch.row_ids].tolist(), frozen_weights=uses_lora(config.model)),
-        lambda row: _place(rows, row),
+        BadSteps(run, rows, _decoder(config), runtime.is_first),
         loggers,
         stop,
     )
     loader = _loader(config, rows, order, mesh)
-    return Job(module, optimizer, trainer, loader, loggers, store, config.trainer.timeout_seconds)
+    return Job(
+        config, runtime, module, optimizer, trainer, loader, loggers, store, _longest(config, rows, loader, mesh)
+    )
 
 
 def make_schedule(config: JobConfig, steps_per_epoch: int) -> Schedule:
@@ -293,9 +337,24 @@ def _open_rows(config: JobConfig, run: RunFolder) -> tuple[Rows, Rows | None]:
     return open_places(Path(reports)) if reports is not None else prepare(config, run)
 
 
-def _place(rows: Rows, row: int) -> str:
-    file, number = rows.origin(row)
-    return f"{file}, row {number}"
+def _decoder(config: JobConfig) -> Callable[[list[int]], str]:
+    """Ids to text; the tokenizer is loaded when it is first needed, which is seldom."""
+
+    def decode(ids: list[int]) -> str:
+        tokenizer: Any = load_tokenizer(config.model.partial_pretrain, config.model.trust_remote_code)
+        return tokenizer.decode(ids)
+
+    return decode
+
+
+def _longest(config: JobConfig, rows: Rows, loader: BatchLoader, mesh: Mesh) -> list[PackedBatch]:
+    """The largest micro-batch of the run, twice where gradients accumulate; none without a rehearsal."""
+    if not config.trainer.rehearsal:
+        return []
+    settings, size = pack_settings(config), config.data.train_batch_size
+    lengths = rows.lengths[np.arange(rows.num_rows)]
+    batch = loader.pack(heaviest_rows(lengths, settings, size))
+    return [batch] * (1 + accumulates(lengths, settings, size, mesh.layout.dp_size))
 
 
 def _loader(config: JobConfig, rows: Rows, order: StepRows, mesh: Mesh) -> BatchLoader:

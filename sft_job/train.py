@@ -26,6 +26,7 @@ from sft_job.contract import Env, ExitCode
 from sft_job.data.files import check_data
 from sft_job.errors import JobError, raise_problems
 from sft_job.job import train
+from sft_job.memory import out_of_memory_text
 from sft_job.runtime import StopWish, die_with_parent, start_runtime
 from sft_job.trainer import Ending
 
@@ -53,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code, message = error.code, str(error)
         traceback.print_exc()
     except torch.OutOfMemoryError as error:
-        code, message = ExitCode.OUT_OF_MEMORY, _out_of_memory(error)
+        advice = ["more GPUs", "model.fsdp_config.cpu_offload=true", "a smaller model"]
+        code, message = ExitCode.OUT_OF_MEMORY, out_of_memory_text(error, "while the model was built", advice=advice)
         traceback.print_exc()
     except BaseException as error:  # whatever it is, the supervisor must hear of it
         code, message = _unexpected(error)
@@ -84,14 +86,6 @@ def _of_torchrun(environ: Mapping[str, str]) -> dict[str, str]:
         Env.NNODES: str(nodes),
         Env.NODE_RANK: environ.get("GROUP_RANK", str(int(environ.get("RANK", "0")) // local)),
     }
-
-
-def _out_of_memory(error: Exception) -> str:
-    return (
-        f"out of device memory: {str(error).splitlines()[0]}\n"
-        "    fix: use_dynamic_bsz with a smaller max_token_len_per_gpu, a smaller micro_batch_size_per_gpu, a larger "
-        "ulysses_sequence_parallel_size, model.enable_gradient_checkpointing, or more GPUs"
-    )
 
 
 def _unexpected(error: BaseException) -> tuple[ExitCode, str]:

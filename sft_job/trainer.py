@@ -18,7 +18,8 @@ from sft_job.data.batches import PackedBatch, StepBatch
 from sft_job.data.mixture import SourceCounts
 from sft_job.errors import JobError
 from sft_job.evaluate import ValidationLoss
-from sft_job.metrics.loggers import Logger
+from sft_job.forensics import BadStep, BadSteps
+from sft_job.metrics.loggers import Loggers
 from sft_job.metrics.meters import StepMeter, source_record, validation_record
 from sft_job.optimizer import gradient_norm, learning_rate, scale_gradients, set_learning_rate
 from sft_job.parallel.fsdp import set_gradient_sync
@@ -36,12 +37,14 @@ class StepResult:
         grad_norm: before clipping.
         lr: the step's learning rate.
         stop: some rank was asked to stop.
+        bad: loss or gradient norm is not finite, and the weights were left as they were.
     """
 
     loss: float
     grad_norm: float
     lr: float
     stop: bool
+    bad: BadStep | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Trainer:
             no validation data.
         meter: token counts and speed.
         flops: model FLOPs of a global batch.
-        origin: where a row came from, for messages.
+        bad_steps: keeps what is known of a step that cannot be taken.
         logger: takes records on rank 0, None elsewhere.
         stop: this rank's wish to stop.
     """
@@ -106,8 +109,8 @@ class Trainer:
         evaluate: Callable[[], ValidationLoss | None] | None,
         meter: StepMeter,
         flops: Callable[[StepBatch], float],
-        origin: Callable[[int], str],
-        logger: Logger | None,
+        bad_steps: BadSteps,
+        logger: Loggers | None,
         stop: StopWish,
     ) -> None:
         self._config = config
@@ -123,9 +126,11 @@ class Trainer:
         self._evaluate = evaluate
         self._meter = meter
         self._flops = flops
-        self._origin = origin
+        self._bad_steps = bad_steps
         self._logger = logger
         self._stop = stop
+        self.working_on: PackedBatch | None = None
+        """The micro-batch that is, or was last, computed on: what a message on memory names."""
 
     @property
     def state(self) -> RunState:
@@ -182,7 +187,8 @@ class Trainer:
         """One optimizer step over a global batch (a collective call).
 
         Raises:
-            JobError: loss or gradients are not finite; the weights are then as before the step (87).
+            JobError: loss or gradients are not finite, and ``trainer.non_finite`` or its cap says stop (87). The
+                weights are then as before the step.
         """
         seed_step(self._config.trainer.seed, batch.step, self._runtime.rank)
         lr = learning_rate(self._config.optim, batch.step, self.schedule.total_steps)
@@ -194,7 +200,7 @@ class Trainer:
         # The step's only wait for the device: loss and norm must be known to be finite before the weights move.
         total, stops, grad_norm = torch.stack([*flags, norm.to(flags)]).tolist()
         if not (math.isfinite(total) and math.isfinite(grad_norm)):
-            raise self._not_finite(batch, total, grad_norm)
+            return StepResult(total, grad_norm, lr, stops > 0, self._not_taken(batch, total, grad_norm))
         clip = self._config.optim.clip_grad
         if 0.0 < clip < grad_norm:
             scale_gradients(self._parameters, norm.new_tensor(clip) / norm)
@@ -214,6 +220,7 @@ class Trainer:
         """
         total = torch.zeros((), device=self._runtime.device)
         for index, micro in enumerate(micro_batches):
+            self.working_on = micro
             set_gradient_sync(self._module, index == len(micro_batches) - 1)
             loss = self._module(micro.to(self._runtime.device)) / num_targets
             loss.backward()
@@ -230,7 +237,8 @@ class Trainer:
             rows_done=(batch.step % per_epoch) * self._config.data.train_batch_size + len(batch.row_ids),
             tokens=self._state.tokens + batch.num_tokens,
             supervised_tokens=self._state.supervised_tokens + batch.num_targets,
-            loss=result.loss,
+            loss=self._state.loss if result.bad else result.loss,
+            skipped_steps=self._state.skipped_steps + (result.bad is not None),
             sources=_counted(self._state.sources, batch.sources),
         )
         self._meter.end_step(tokens=batch.num_tokens, supervised_tokens=batch.num_targets, flops=self._flops(batch))
@@ -242,11 +250,13 @@ class Trainer:
         record = self._meter.record(
             step=step,
             epoch=step / self.schedule.steps_per_epoch,
-            loss=result.loss,
+            loss=None if result.bad else result.loss,
             lr=result.lr,
-            grad_norm=result.grad_norm,
+            grad_norm=None if result.bad else result.grad_norm,
             peak_bytes=peak_memory(self._runtime.device),
         )
+        if self._state.skipped_steps:
+            record["train/skipped_steps"] = self._state.skipped_steps
         present = {name: source for name, source in self._state.sources.items() if source.data}
         sources = source_record({name: (s.tokens, s.supervised_tokens, s.epoch) for name, s in present.items()})
         self._logger.log(record | sources)
@@ -263,15 +273,21 @@ class Trainer:
     def _save(self, *, kept: bool, last: bool = False) -> None:
         self._state = self._checkpointer.save(replace(self._state, kept=kept), last=last)
 
-    def _not_finite(self, batch: StepBatch, loss: float, norm: float) -> JobError:
-        rows = "".join(f"\n      {self._origin(int(row))}" for row in batch.row_ids[:8])
-        more = f"\n      ... {len(batch.row_ids)} in all" if len(batch.row_ids) > 8 else ""
+    def _not_taken(self, batch: StepBatch, loss: float, norm: float) -> BadStep:
+        """Give up a step that is not finite: end the run, or go on without it where that is allowed."""
+        bad = self._bad_steps.note(batch, loss, norm)
+        trainer, skipped = self._config.trainer, self._state.skipped_steps
+        if trainer.non_finite == "skip" and skipped < trainer.max_skipped_steps:
+            self._optimizer.zero_grad()
+            if self._logger is not None:
+                self._logger.warning(f"{bad.text()}\n    skipped, {skipped + 1} of {trainer.max_skipped_steps} allowed")
+            return bad
         newest = self._checkpointer.newest
-        return JobError(
+        spent = f"; {skipped} steps were skipped before" if skipped else ""
+        raise JobError(
             ExitCode.NON_FINITE,
-            f"step {batch.step + 1}: loss {loss}, gradient norm {norm}: not finite, the step was not taken\n"
-            f"    rows of this batch:{rows}{more}\n"
-            f"    fix: a lower optim.lr, a longer warm-up, or look at these rows; the run can go on from "
+            f"{bad.text()}{spent}\n    fix: a lower optim.lr, a longer warm-up, or look at these rows; "
+            f"trainer.non_finite=skip goes on without such steps; the run can go on from "
             f"{newest or 'its last checkpoint'}",
         )
 

@@ -62,6 +62,9 @@ SAFE_KEYS = frozenset(
         "trainer.checkpoint.save_contents",
         "trainer.allow_changed",
         "trainer.timeout_seconds",
+        "trainer.non_finite",
+        "trainer.max_skipped_steps",
+        "trainer.rehearsal",
         "trainer.deterministic",
     }
 )
@@ -115,6 +118,7 @@ class RunState:
         data: fingerprint of the training rows' content, tokenizer and template.
         model: fingerprint of the model's config.
         config: the settings, flat: full path -> value.
+        skipped_steps: steps that were not taken because loss or gradient were not finite.
         kept: made by ``save_freq`` or at the end; otherwise at a stop.
         rng: how random numbers come about.
         contents: which tensors the checkpoint holds: model, optimizer.
@@ -138,6 +142,7 @@ class RunState:
     config: dict[str, Any]
     kept: bool
     version: str
+    skipped_steps: int = 0
     contents: tuple[str, ...] = ("model", "optimizer")
     weights_sha256: str = ""
     sources: Mapping[str, SourceState] = field(default_factory=dict[str, SourceState])

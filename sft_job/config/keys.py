@@ -113,6 +113,9 @@ _DOES: Mapping[str, str] = {
     "trainer.checkpoint.save_contents": "any of model, optimizer, extra, hf_model",
     "trainer.log_freq": "steps between logged lines",
     "trainer.allow_changed": "keys that may differ from the checkpoint's when a run goes on",
+    "trainer.non_finite": "a step whose loss or gradient is not finite: stop (exit 87) or skip",
+    "trainer.max_skipped_steps": "most steps that non_finite: skip leaves out",
+    "trainer.rehearsal": "goes through the longest batch once before the first step, to see that it fits",
     "trainer.timeout_seconds": "a collective that takes longer ends the run with 137",
     "trainer.deterministic": "only deterministic kernels on the GPU",
 }

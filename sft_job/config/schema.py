@@ -231,6 +231,12 @@ class TrainerConfig:
     """Steps between lines of metrics.jsonl and of the loggers."""
     allow_changed: List[str] = field(default_factory=list[str])
     """Settings that may differ from the checkpoint's when a run goes on."""
+    non_finite: str = "stop"
+    """A step whose loss or gradient is not finite: stop (the run ends with 87) or skip (go on without it)."""
+    max_skipped_steps: int = 10
+    """With non_finite: skip, the run ends at the next such step after so many."""
+    rehearsal: bool = True
+    """Go through the longest batch once before the first step, so that too little memory shows at once."""
     timeout_seconds: int = 600
     """A collective that takes longer ends the run with 137."""
     deterministic: bool = False

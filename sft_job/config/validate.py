@@ -168,6 +168,8 @@ _RULES: Mapping[str, _Rule] = {
     "trainer.test_freq": _or("after_each_epoch", _or(-1, _at_least(1))),
     "trainer.max_ckpt_to_keep": _or(None, _at_least(1)),
     "trainer.log_freq": _at_least(1),
+    "trainer.non_finite": _one_of("stop", "skip"),
+    "trainer.max_skipped_steps": _at_least(1),
     "trainer.timeout_seconds": _at_least(1),
 }
 """Rules of single values. Types are checked when loading, except for settings that take values of several types."""

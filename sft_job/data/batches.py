@@ -181,7 +181,7 @@ class BatchLoader:
             step=step,
             epoch=self._order.epoch(step),
             row_ids=row_ids,
-            micro_batches=[self._pack(rows) for rows in plan[self._dp_rank]],
+            micro_batches=[self.pack(rows) for rows in plan[self._dp_rank]],
             num_targets=int(self._cache.targets[row_ids].sum(dtype=np.int64)),
             num_tokens=int(self._cache.lengths[row_ids].sum(dtype=np.int64)),
             sources=count_sources(self._cache, row_ids),
@@ -208,7 +208,8 @@ class BatchLoader:
             _drain(ready)
             thread.join()
 
-    def _pack(self, rows: Sequence[int]) -> PackedBatch:
+    def pack(self, rows: Sequence[int]) -> PackedBatch:
+        """Rows as one micro-batch, this rank's stretch of it."""
         tokens = [self._cache.row(row) for row in rows]
         packed = pack_rows(tokens, self._ulysses_size, self._ulysses_rank, self._pad_id)
         return packed.pin_memory() if self._pin_memory else packed

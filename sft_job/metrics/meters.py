@@ -94,16 +94,23 @@ class StepMeter:
         self.supervised_tokens += supervised_tokens
 
     def record(
-        self, *, step: int, epoch: float, loss: float, lr: float, grad_norm: float, peak_bytes: int | None
+        self,
+        *,
+        step: int,
+        epoch: float,
+        loss: float | None,
+        lr: float,
+        grad_norm: float | None,
+        peak_bytes: int | None,
     ) -> Record:
         """One line of ``metrics.jsonl``; the next record's interval starts here.
 
         Args:
             step: optimizer steps done.
             epoch: passes over the data done, as a fraction.
-            loss: mean loss of a supervised token of this step.
+            loss: mean loss of a supervised token of this step; None where it was not finite.
             lr: learning rate that the step was taken with.
-            grad_norm: global gradient norm before clipping.
+            grad_norm: global gradient norm before clipping; None likewise.
             peak_bytes: most device memory in use so far; None where there is no such figure.
 
         Raises:

@@ -55,7 +55,7 @@ def run_job(config: JobConfig, *, stop_after: int | None = None, gradients: bool
     from sft_job.job import build_job
     from sft_job.runtime import StopWish
 
-    runtime = _runtime()
+    runtime = join_ranks()
     start = find_start(config, run_folder(config))
     if start.finished:
         return Watched(done_before=True, step=start.step)
@@ -63,7 +63,7 @@ def run_job(config: JobConfig, *, stop_after: int | None = None, gradients: bool
     job = build_job(config, runtime, stop, start)
     watched = Watched()
     _watch_batches(job, watched)
-    _watch_steps(job, watched, stop, stop_after, gradients)
+    watch_steps(job, watched, stop, stop_after, gradients)
     try:
         ending = job.run()
     finally:
@@ -79,7 +79,8 @@ def run_jobs(configs: list[tuple[JobConfig, dict[str, Any]]]) -> list[Watched]:
     return [run_job(config, **options) for config, options in configs]
 
 
-def _runtime() -> Any:
+def join_ranks() -> Any:
+    """This rank; its process group is made by the first run that needs it."""
     import torch.distributed as dist
 
     from sft_job.runtime import Runtime, start_runtime
@@ -108,7 +109,8 @@ def _watch_batches(job: Any, watched: Watched) -> None:
     job.module.register_forward_pre_hook(note)
 
 
-def _watch_steps(job: Any, watched: Watched, stop: Any, stop_after: int | None, gradients: bool) -> None:
+def watch_steps(job: Any, watched: Watched, stop: Any, stop_after: int | None, gradients: bool) -> None:
+    """Note what each step gave; ask for a stop in the one that ``stop_after`` names."""
     trainer = job.trainer
     train_step = trainer.train_step
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -28,10 +31,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(
-    inputs: Path, run: Path, *overrides: str, ranks: int = 1, devices: str | None = None
-) -> tuple[list[dict], dict]:
-    """Losses by step and the outcome of a real run."""
+def command(inputs: Path, *overrides: str) -> list[str]:
     settings = {
         "data.train_files": inputs / "train.parquet",
         "data.val_files": inputs / "val.parquet",
@@ -44,16 +44,21 @@ def train(
         "ulysses_sequence_parallel_size": 1,
     }
     words = [f"{key}={value}" for key, value in settings.items()]
-    environment = os.environ | {"NPROC_PER_NODE": str(ranks), "CHECKPOINT_DIR": str(run)}
+    return [sys.executable, "-m", "sft_job.cli", "train", str(SEED_YAML), *words, *overrides]
+
+
+def environment(run: Path, ranks: int = 1) -> dict[str, str]:
+    return os.environ | {"NPROC_PER_NODE": str(ranks), "CHECKPOINT_DIR": str(run)}
+
+
+def train(
+    inputs: Path, run: Path, *overrides: str, ranks: int = 1, devices: str | None = None
+) -> tuple[list[dict], dict]:
+    """Losses by step and the outcome of a real run."""
+    variables = environment(run, ranks)
     if devices is not None:
-        environment |= {"CUDA_VISIBLE_DEVICES": devices}
-    result = subprocess.run(
-        [sys.executable, "-m", "sft_job.cli", "train", str(SEED_YAML), *words, *overrides],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+        variables |= {"CUDA_VISIBLE_DEVICES": devices}
+    result = subprocess.run(command(inputs, *overrides), env=variables, capture_output=True, text=True, check=False)
     log = run / "sft" / "logs" / "rank_0.log"
     assert result.returncode == 0, result.stderr + (log.read_text() if log.exists() else "")
     lines = [json.loads(line) for line in (run / "sft" / "logs" / "metrics.jsonl").read_text().splitlines()]
@@ -98,6 +103,32 @@ def test_bf16_weights(inputs, tmp_path, on_cpu) -> None:
 def test_deterministic_twins(inputs, tmp_path) -> None:
     twins = [train(inputs, tmp_path / name, "trainer.deterministic=true")[1] for name in ("one", "two")]
     assert twins[0]["weights_sha256"] == twins[1]["weights_sha256"]
+
+
+def test_deterministic_run_that_was_killed(inputs, tmp_path) -> None:
+    """SIGKILL to every process of the run, in the middle; started again it ends with the bits of its twin."""
+    settings = ["trainer.deterministic=true", "trainer.save_freq=4"]
+    whole = train(inputs, tmp_path / "whole", *settings)[1]
+    run = tmp_path / "run"
+    mark = f"CHECKPOINT_DIR={run}".encode()
+    with subprocess.Popen(command(inputs, *settings), env=environment(run), stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None and logged_steps(run) < 10:
+            time.sleep(0.05)
+        assert process.poll() is None, "it ended before it could be killed"
+        for folder in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if folder.name.isdecimal() and mark in (folder / "environ").read_bytes().split(b"\0"):
+                    os.kill(int(folder.name), signal.SIGKILL)
+    assert logged_steps(run) < STEPS
+    lines, outcome = train(inputs, run, *settings)
+    assert outcome["restarts"][0]["cause"] == "lost"
+    assert outcome["weights_sha256"] == whole["weights_sha256"]
+    assert len(losses(lines)) == STEPS
+
+
+def logged_steps(run: Path) -> int:
+    metrics = run / "sft" / "logs" / "metrics.jsonl"
+    return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 
 
 @pytest.mark.multigpu

@@ -118,6 +118,8 @@ LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "trainer.checkpoint.save_contents": ([["model", "optimizer", "extra", "hf_model"], []], [["weights"]]),
     "trainer.log_freq": ([1], [0]),
     "trainer.allow_changed": ([[], ["optim.lr"]], [["lr"], ["optim.lr", "optim.lrr"]]),
+    "trainer.non_finite": (["stop", "skip"], ["ignore", ""]),
+    "trainer.max_skipped_steps": ([1, 5], [0, -1]),
     "trainer.timeout_seconds": ([1], [0]),
     "ulysses_sequence_parallel_size": ([1], [0, -4]),
 }
@@ -163,6 +165,7 @@ def test_every_setting_that_can_be_wrong_has_limits_here():
         "trainer.nnodes",
         "trainer.n_gpus_per_node",
         "trainer.deterministic",
+        "trainer.rehearsal",
     }
     assert set(leaf_fields()) == set(LIMITS) | always_fine
 
