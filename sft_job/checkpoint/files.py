@@ -65,7 +65,10 @@ class HashedStream:
         return self._file.fileno()
 
     def close(self) -> None:
-        """Close; twice is once."""
+        """Does nothing: the block that opened the file makes it durable and closes it."""
+
+    def end(self) -> None:
+        """Close it for good."""
         self._file.close()
 
     @property
@@ -95,7 +98,7 @@ class Files:
             self.before("fsync", path)
             os.fsync(stream.fileno())
         finally:
-            stream.close()
+            stream.end()
 
     def fsync(self, path: Path) -> None:
         """Make a file's bytes, or a folder's list of names, survive a power cut."""
