@@ -78,11 +78,8 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 Save = tuple[bool, int | None, int | None, bool]
-saves = st.lists(
-    st.tuples(st.booleans(), st.one_of(st.none(), st.integers(1, 3)), st.one_of(st.none(), st.integers(0, 32)), st.booleans()),
-    min_size=1,
-    max_size=8,
-)  # fmt: skip
+keeps, killed_at = st.one_of(st.none(), st.integers(1, 3)), st.one_of(st.none(), st.integers(0, 32))
+saves = st.lists(st.tuples(st.booleans(), keeps, killed_at, st.booleans()), min_size=1, max_size=8)
 
 
 @settings(deadline=None, max_examples=40)
