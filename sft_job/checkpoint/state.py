@@ -60,6 +60,8 @@ SAFE_KEYS = frozenset(
         "trainer.checkpoint.save_contents",
         "trainer.allow_changed",
         "trainer.timeout_seconds",
+        "trainer.max_wall_seconds",
+        "trainer.max_starts_without_progress",
         "trainer.deterministic",
     }
 )
