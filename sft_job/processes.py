@@ -114,7 +114,7 @@ def _memory_files(cgroup: Path, own: Path) -> list[Path]:
     """Candidates, the most exact first: cgroup v2, then v1; in a container the root is its own group."""
     second: list[Path] = []
     first: list[Path] = []
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         for line in own.read_text(encoding="utf-8").splitlines():
             _, controllers, path = line.split(":", 2)
             if not controllers:

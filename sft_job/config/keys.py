@@ -115,7 +115,7 @@ _DOES: Mapping[str, str] = {
     "with 137",
     "trainer.max_wall_seconds": "saves and leaves (143) in time for the run to end so many seconds after its start; "
     "null = no limit",
-    "trainer.max_starts_without_progress": "after so many starts in a row without a new step the next one ends with 86; "
+    "trainer.max_starts_without_progress": "after so many starts in a row without a new step the next ends with 86; "
     "0 = no limit",
     "trainer.deterministic": "only deterministic kernels on the GPU",
 }
