@@ -55,7 +55,7 @@ from sft_job.trainer import Ending, Schedule, Trainer
 
 log = logging.getLogger(__name__)
 _STOP_UPLOAD_SECONDS = 20.0
-_FIRST_SAVE_SECONDS = 5.0
+_FIRST_SAVE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,9 @@ def train(config: JobConfig, runtime: Runtime, stop: StopWish) -> Ending | None:
     began = time.monotonic()
     with contextlib.closing(build_job(config, runtime, stop, start)) as job:
         if stop.deadline is not None:
-            # A save moves what was loaded, and reads it once more for its checksums.
-            stop.deadline.expect_save(_FIRST_SAVE_SECONDS + 2 * (time.monotonic() - began))
+            # A save writes what was loaded and reads it for its checksums; a base model comes without its AdamW states.
+            times = 2 if start.checkpoint is not None else 4
+            stop.deadline.expect_save(_FIRST_SAVE_SECONDS + times * (time.monotonic() - began))
         _leave_if_asked(runtime, stop)
         runtime.pulse.enter(TRAINING)
         return job.run()

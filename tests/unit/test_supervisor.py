@@ -32,6 +32,6 @@ def test_the_earlier_of_the_two() -> None:
 
 @pytest.mark.parametrize("value", ["tomorrow", "nan", "inf", "12:30"])
 def test_an_end_time_that_is_none(value) -> None:
-    with pytest.raises(JobError, match="SFT_JOB_END_TIME = .*\n    must be a Unix time") as caught:
+    with pytest.raises(JobError, match=r"SFT_JOB_END_TIME = .*\n    must be a Unix time") as caught:
         deadline_of(config(None), {"SFT_JOB_END_TIME": value}, 0.0)
     assert caught.value.code == ExitCode.CONFIG
