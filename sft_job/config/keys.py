@@ -109,6 +109,9 @@ _DOES: Mapping[str, str] = {
     "trainer.test_freq": "steps between validations, or after_each_epoch; -1 = only at the end",
     "trainer.max_ckpt_to_keep": "kept checkpoints, the newest ones; null = all",
     "trainer.checkpoint.save_contents": "any of model, optimizer, extra, hf_model",
+    "trainer.async_save": "writes checkpoints while training goes on, from a copy of the state in host memory",
+    "trainer.recovery_minutes": "minutes between recovery checkpoints, each replaced by the next one; 0 = none",
+    "trainer.on_save_failure": "after a kept checkpoint that cannot be written: end (exit 73) or continue",
     "trainer.log_freq": "steps between logged lines",
     "trainer.allow_changed": "keys that may differ from the checkpoint's when a run goes on",
     "trainer.timeout_seconds": "a collective that takes longer, or ranks that stand still for longer, end the run "
