@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from sft_job.data.batches import BatchLoader
+from sft_job.pulse import Pulse
 from sft_job.runtime import StopWish, agree
 
 
@@ -42,7 +43,7 @@ class ValidationLoss:
 
 @torch.no_grad()
 def validation_loss(
-    module: nn.Module, sets: Mapping[str, EvaluationRows], device: torch.device, stop: StopWish
+    module: nn.Module, sets: Mapping[str, EvaluationRows], device: torch.device, stop: StopWish, pulse: Pulse
 ) -> ValidationLoss | None:
     """Token-weighted mean loss over all rows (a collective call); None where some rank was asked to stop in between.
 
@@ -51,11 +52,12 @@ def validation_loss(
         sets: this rank's share of every row of every set, by name; one without a name is an empty text.
         device: where the module computes.
         stop: this rank's wish to stop.
+        pulse: this rank's signs of life.
     """
     totals = torch.zeros(len(sets), device=device, dtype=torch.float64)
     targets = [0] * len(sets)
     module.eval()
-    whole = all(_add_up(module, rows, at, totals, targets, stop) for at, rows in enumerate(sets.values()))
+    whole = all(_add_up(module, rows, at, totals, targets, stop, pulse) for at, rows in enumerate(sets.values()))
     module.train()
     if not whole:
         return None
@@ -66,14 +68,21 @@ def validation_loss(
 
 
 def _add_up(
-    module: nn.Module, rows: EvaluationRows, at: int, totals: torch.Tensor, targets: list[int], stop: StopWish
+    module: nn.Module,
+    rows: EvaluationRows,
+    at: int,
+    totals: torch.Tensor,
+    targets: list[int],
+    stop: StopWish,
+    pulse: Pulse,
 ) -> bool:
     """Add one set's losses; False where a stop cut it short, on every rank alike."""
     with contextlib.closing(rows.loader.steps(0, rows.batches)) as steps:
         for batch in steps:
             targets[at] += batch.num_targets
             for micro in batch.micro_batches:
+                pulse.beat()
                 totals[at] += module(micro.to(totals.device))
-            if agree(stop.signal != 0, totals.device):
+            if agree(stop.wished, totals.device):
                 return False
     return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,10 +40,12 @@ from sft_job.data.packing import pack_settings
 from sft_job.data.places import open_places
 from sft_job.data.prepare import prepare
 from sft_job.data.tokenizer import load_tokenizer
+from sft_job.deadline import REASON as DEADLINE
 from sft_job.errors import JobError
 from sft_job.evaluate import EvaluationRows, ValidationLoss, validation_loss
 from sft_job.export import export_live
 from sft_job.forensics import BadSteps
+from sft_job.lock import lost_lock, still_held
 from sft_job.memory import is_out_of_memory, memory_by_kind, out_of_memory_text, remedies, shapes_text
 from sft_job.metrics.flops import FlopsShape, model_flops, peak_flops
 from sft_job.metrics.loggers import Loggers, make_loggers
@@ -53,12 +56,14 @@ from sft_job.model.lora import uses_lora
 from sft_job.model.precision import precision_of
 from sft_job.optimizer import build_optimizer, learning_rate
 from sft_job.parallel.mesh import Mesh, build_mesh
+from sft_job.pulse import FINISHING, LOADING, TRAINING
 from sft_job.rehearsal import accumulates, heaviest_rows, rehearse
 from sft_job.runtime import Runtime, StopWish, agree, peak_memory
 from sft_job.trainer import Ending, Schedule, Trainer
 
 log = logging.getLogger(__name__)
 _STOP_UPLOAD_SECONDS = 20.0
+_FIRST_SAVE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,7 @@ class Job:
             self._rehearse()
         with self._memory_explained("at step"), contextlib.closing(self.loader.steps(first, last)) as batches:
             ending = self.trainer.run(batches)
+        self.runtime.pulse.enter(FINISHING)
         if self.store is not None:
             # A scheduler that asked for a stop will not wait for an upload; the end of a run does.
             self.store.close(_STOP_UPLOAD_SECONDS if ending.stopped else 0.8 * self.config.trainer.timeout_seconds)
@@ -146,13 +152,26 @@ def train(config: JobConfig, runtime: Runtime, stop: StopWish) -> Ending | None:
     Raises:
         JobError: with the exit code of what went wrong.
     """
-    if agree(stop.signal != 0, runtime.device):
-        raise JobError(ExitCode.STOPPED, "stopped before the first step: nothing to save yet")
+    _leave_if_asked(runtime, stop)
+    runtime.pulse.enter(LOADING)
     start: Start = on_first_rank(_find_start, config, run_folder(config))
     if start.finished:
         return None
+    began = time.monotonic()
     with contextlib.closing(build_job(config, runtime, stop, start)) as job:
+        if stop.deadline is not None:
+            # A save writes what was loaded and reads it for its checksums; a base model comes without its AdamW states.
+            times = 2 if start.checkpoint is not None else 4
+            stop.deadline.expect_save(_FIRST_SAVE_SECONDS + times * (time.monotonic() - began))
+        _leave_if_asked(runtime, stop)
+        runtime.pulse.enter(TRAINING)
         return job.run()
+
+
+def _leave_if_asked(runtime: Runtime, stop: StopWish) -> None:
+    if agree(stop.wished, runtime.device):
+        why = f"{DEADLINE}: it came" if stop.deadline is not None and not stop.signal else "stopped"
+        raise JobError(ExitCode.STOPPED, f"{why} before a new step: nothing to save")
 
 
 def _find_start(config: JobConfig, run: RunFolder) -> Start:
@@ -204,6 +223,7 @@ def build_job(config: JobConfig, runtime: Runtime, stop: StopWish, start: Start,
         ADAPTER if uses_lora(config.model) else HUGGINGFACE,
         lambda folder, meet: export_live(folder, module.lm, config, runtime.device, write=runtime.is_first, meet=meet),
         None if store is None else store.upload,
+        confirm=confirm_lock(run),
         warn=None if loggers is None else loggers.warning,
         files=files,
     )
@@ -238,6 +258,22 @@ def build_job(config: JobConfig, runtime: Runtime, stop: StopWish, start: Start,
     loader = _loader(config, rows, order, mesh)
     longest = _longest(config, rows, loader, mesh)
     return Job(config, runtime, module, optimizer, trainer, loader, loggers, store, checkpointer, longest)
+
+
+def confirm_lock(run: RunFolder) -> Callable[[], None] | None:
+    """What asks before a checkpoint is published whether the supervisor still holds the run folder; None without one.
+
+    The callable raises a JobError (73) where another run has taken the folder over.
+    """
+    token = os.environ.get(Env.LOCK)
+    if token is None:
+        return None
+
+    def confirm() -> None:
+        if not still_held(run, token):
+            raise lost_lock(run)
+
+    return confirm
 
 
 def make_schedule(config: JobConfig, steps_per_epoch: int) -> Schedule:
@@ -391,7 +427,7 @@ def _evaluator(
     for name, cache in named_caches(rows).items():
         order = FileOrder(cache.num_rows, config.data.train_batch_size)
         sets[name] = EvaluationRows(_loader(config, cache, order, mesh), order.steps_per_epoch)
-    return lambda: validation_loss(module, sets, runtime.device, stop)
+    return lambda: validation_loss(module, sets, runtime.device, stop, runtime.pulse)
 
 
 def _device_peak(runtime: Runtime, dtype: torch.dtype) -> float | None:

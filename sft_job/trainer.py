@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sft_job.checkpoint.checkpointer import Checkpointer, Purpose
+from sft_job.checkpoint.checkpointer import Checkpointer, Purpose, SaveTiming
 from sft_job.checkpoint.state import RunState, SourceState
 from sft_job.config.schema import JobConfig
 from sft_job.contract import ExitCode
@@ -23,6 +24,7 @@ from sft_job.metrics.loggers import Loggers
 from sft_job.metrics.meters import StepMeter, source_record, validation_record
 from sft_job.optimizer import gradient_norm, learning_rate, scale_gradients, set_learning_rate
 from sft_job.parallel.fsdp import set_gradient_sync
+from sft_job.pulse import SAVING, VALIDATING
 from sft_job.runtime import Runtime, StopWish, peak_memory, seed_step
 
 AFTER_EACH_EPOCH = "after_each_epoch"
@@ -133,6 +135,8 @@ class Trainer:
         self._bad_steps = bad_steps
         self._logger = logger
         self._stop = stop
+        self._step_began = time.monotonic()
+        self._last_save: SaveTiming | None = None
         self.working_on: PackedBatch | None = None
         """The micro-batch that is, or was last, computed on: what a message on memory names."""
 
@@ -175,7 +179,8 @@ class Trainer:
         return Ending(False, self._state)
 
     def _stopped(self) -> Ending:
-        self._state = self._checkpointer.stop(self._state)
+        with self._runtime.pulse.phase(SAVING):
+            self._state = self._checkpointer.stop(self._state)
         return Ending(True, self._state)
 
     def _timed(self, batches: Iterable[StepBatch]) -> Iterator[StepBatch]:
@@ -183,6 +188,7 @@ class Trainer:
         iterator = iter(batches)
         while True:
             self._meter.begin_step()
+            self._step_began = time.monotonic()
             with self._meter.waiting_for_data():
                 batch = next(iterator, None)
             if batch is None:
@@ -201,7 +207,7 @@ class Trainer:
         set_learning_rate(self._optimizer, lr)
         loss = self.accumulate(batch.micro_batches, batch.num_targets)
         norm = gradient_norm(self._parameters, self._shard_group)
-        flags = torch.cat([loss[None], loss.new_tensor([float(self._stop.signal != 0), *self._checkpointer.flags()])])
+        flags = torch.cat([loss[None], loss.new_tensor([float(self._stop.wished), *self._checkpointer.flags()])])
         dist.all_reduce(flags)
         # The step's only wait for the device: loss and norm must be known to be finite before the weights move.
         total, stops, recovery, saves_over, grad_norm = torch.cat([flags, norm.to(flags)[None]]).tolist()
@@ -229,6 +235,7 @@ class Trainer:
         total = torch.zeros((), device=self._runtime.device)
         for index, micro in enumerate(micro_batches):
             self.working_on = micro
+            self._runtime.pulse.beat()
             set_gradient_sync(self._module, index == len(micro_batches) - 1)
             loss = self._module(micro.to(self._runtime.device)) / num_targets
             loss.backward()
@@ -249,7 +256,18 @@ class Trainer:
             skipped_steps=self._state.skipped_steps + (result.bad is not None),
             sources=_counted(self._state.sources, batch.sources),
         )
+        self._runtime.pulse.beat(step=done)
+        self._teach_deadline()
         self._meter.end_step(tokens=batch.num_tokens, supervised_tokens=batch.num_targets, flops=self._flops(batch))
+
+    def _teach_deadline(self) -> None:
+        deadline, timing = self._stop.deadline, self._checkpointer.timing
+        if deadline is None:
+            return
+        deadline.step_took(time.monotonic() - self._step_began)
+        if timing is not None and timing is not self._last_save:
+            self._last_save = timing
+            deadline.save_took(timing.total)
 
     def _log_step(self, result: StepResult) -> None:
         step = self._state.step
@@ -273,13 +291,15 @@ class Trainer:
         """Validate and log; False where a stop cut it short, on every rank alike."""
         if self._evaluate is None:
             return True
-        losses = self._evaluate()
+        with self._runtime.pulse.phase(VALIDATING):
+            losses = self._evaluate()
         if losses is not None and self._logger is not None:
             self._logger.log(validation_record(self._state.step, losses.loss, losses.by_name))
         return losses is not None
 
     def _save(self, purpose: Purpose) -> None:
-        self._state = self._checkpointer.save(self._state, purpose)
+        with self._runtime.pulse.phase(SAVING):
+            self._state = self._checkpointer.save(self._state, purpose)
 
     def _not_taken(self, batch: StepBatch, loss: float, norm: float) -> BadStep:
         """Give up a step that is not finite: end the run, or go on without it where that is allowed."""

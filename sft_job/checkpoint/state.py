@@ -68,6 +68,8 @@ SAFE_KEYS = frozenset(
         "trainer.non_finite",
         "trainer.max_skipped_steps",
         "trainer.rehearsal",
+        "trainer.max_wall_seconds",
+        "trainer.max_starts_without_progress",
         "trainer.deterministic",
     }
 )

@@ -119,7 +119,12 @@ _DOES: Mapping[str, str] = {
     "trainer.non_finite": "a step whose loss or gradient is not finite: stop (exit 87) or skip",
     "trainer.max_skipped_steps": "most steps that non_finite: skip leaves out",
     "trainer.rehearsal": "goes through the longest batch once before the first step, to see that it fits",
-    "trainer.timeout_seconds": "a collective that takes longer ends the run with 137",
+    "trainer.timeout_seconds": "a collective that takes longer, or ranks that stand still for longer, end the run "
+    "with 137",
+    "trainer.max_wall_seconds": "saves and leaves (143) in time for the run to end so many seconds after its start; "
+    "null = no limit",
+    "trainer.max_starts_without_progress": "after so many starts in a row without a new step the next ends with 86; "
+    "0 = no limit",
     "trainer.deterministic": "only deterministic kernels on the GPU",
 }
 

@@ -123,6 +123,8 @@ LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "trainer.non_finite": (["stop", "skip"], ["ignore", ""]),
     "trainer.max_skipped_steps": ([1, 5], [0, -1]),
     "trainer.timeout_seconds": ([1], [0]),
+    "trainer.max_wall_seconds": ([None, 1], [0, -1]),
+    "trainer.max_starts_without_progress": ([0, 1], [-1]),
     "ulysses_sequence_parallel_size": ([1], [0, -4]),
 }
 
