@@ -72,6 +72,13 @@ def self_test(subject: Subject) -> TemplateReport:
             return report
     else:
         report.found.append("no chat template: a row is prompt + response + end")
+    try:
+        subject.row(USER, ANSWER)
+    except TemplateFailure as failure:
+        if not report.problems:
+            rule = f"a question and its answer cannot be trained on: {failure}"
+            report.problems.append(subject.problem(rule, "mend the template", "assistant", "generation"))
+        return report
     trained = _check_trained_stops(subject, report)
     _check_bos(subject, report)
     _check_saved_stops(subject, trained, report)
