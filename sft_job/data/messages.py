@@ -116,18 +116,6 @@ class MessageRenderer:
         """The token that ends a plain answer."""
         return self.stop_ids[0]
 
-    def row(self, user: str, answer: str) -> Rendered:
-        """The row of a question and its answer.
-
-        Raises:
-            TemplateFailure: the template refuses it, or shows it so that nothing is certain.
-        """
-        messages = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
-        (row,) = self.render([Conversation(messages, None, None, (False, True))])
-        if isinstance(row, Rejected):
-            raise TemplateFailure(row.reason)
-        return row
-
     def _why_no_stop(self) -> str:
         probe = [{"role": "user", "content": "probe"}, {"role": "assistant", "content": "probe"}]
         try:

@@ -16,15 +16,24 @@ from typing import Any
 from sft_job.contract import ExitCode
 from sft_job.data.chat import TemplateFailure
 from sft_job.data.control_tokens import MARK, restore
-from sft_job.data.messages import MessageRenderer
-from sft_job.data.render import PromptResponseRenderer
+from sft_job.data.conversation import Conversation
+from sft_job.data.messages import MessageRenderer, Rejected
+from sft_job.data.render import PromptResponseRenderer, Rendered
 from sft_job.data.spec import CacheSpec
 from sft_job.data.template_shape import check_shape
-from sft_job.data.template_subject import ANSWER, USER, Subject, TemplateReport
+from sft_job.data.template_subject import ANSWER, NEXT_ANSWER, NEXT_USER, USER, Subject, TemplateReport
 from sft_job.data.tokenizer import load_tokenizer
 from sft_job.errors import Problem, ProblemsError
 
-__all__ = ["Subject", "TemplateReport", "check_template", "saved_stops", "self_test"]
+__all__ = [
+    "Subject",
+    "TemplateReport",
+    "check_template",
+    "message_subject",
+    "prompt_subject",
+    "saved_stops",
+    "self_test",
+]
 
 
 def check_template(spec: CacheSpec) -> TemplateReport:
@@ -43,21 +52,58 @@ def check_template(spec: CacheSpec) -> TemplateReport:
         "template_kwargs": spec.template_kwargs,
         "allow_control_tokens": spec.allow_control_tokens,
     }
+    make = message_subject if spec.messages else prompt_subject
     try:
-        renderer = (MessageRenderer if spec.messages else PromptResponseRenderer)(tokenizer, **options)
+        subject = make(tokenizer, spec.tokenizer, **options)
     except ProblemsError as error:
         return TemplateReport(problems=list(error.problems))
-    subject = Subject(
+    return self_test(subject)
+
+
+def prompt_subject(tokenizer: Any, folder: Path, **options: Any) -> Subject:
+    """Rows of a prompt and a response; the options are those of ``PromptResponseRenderer``.
+
+    Raises:
+        ProblemsError: exit 2, where the template cannot be used at all.
+    """
+    renderer = PromptResponseRenderer(tokenizer, **options)
+    return Subject(
         tokenizer,
         renderer.template,
         renderer.encoder,
         renderer.end_of_turn_id,
-        spec.tokenizer,
-        renderer.row,
-        own=not spec.chat_template,
-        messages=bool(spec.messages),
+        folder,
+        lambda user, answer: renderer.render([user], [answer])[0],
+        own=not options.get("chat_template"),
     )
-    return self_test(subject)
+
+
+def message_subject(tokenizer: Any, folder: Path, **options: Any) -> Subject:
+    """Rows of conversations; the options are those of ``MessageRenderer``.
+
+    Raises:
+        ProblemsError: exit 2, where the template cannot be used at all.
+    """
+    renderer = MessageRenderer(tokenizer, **options)
+
+    def row(user: str, answer: str) -> Rendered:
+        texts = {"user": (user, NEXT_USER), "assistant": (answer, NEXT_ANSWER)}
+        messages = [{"role": role, "content": texts[role][turn]} for turn in (0, 1) for role in texts]
+        (made,) = renderer.render([Conversation(messages, None, None, (False, True) * 2)])
+        if isinstance(made, Rejected):
+            raise TemplateFailure(made.reason)
+        return made
+
+    return Subject(
+        tokenizer,
+        renderer.template,
+        renderer.encoder,
+        renderer.end_of_turn_id,
+        folder,
+        row,
+        own=not options.get("chat_template"),
+        messages=True,
+    )
 
 
 def self_test(subject: Subject) -> TemplateReport:
@@ -73,34 +119,30 @@ def self_test(subject: Subject) -> TemplateReport:
     else:
         report.found.append("no chat template: a row is prompt + response + end")
     try:
-        subject.row(USER, ANSWER)
+        stop = _check_trained_stops(subject, report)
+        _check_saved_stops(subject, stop, report)
+        _check_bos(subject, report)
+        _check_control_tokens(subject, report)
     except TemplateFailure as failure:
-        if not report.problems:
-            rule = f"a question and its answer cannot be trained on: {failure}"
-            report.problems.append(subject.problem(rule, "mend the template", "assistant", "generation"))
-        return report
-    trained = _check_trained_stops(subject, report)
-    _check_bos(subject, report)
-    _check_saved_stops(subject, trained, report)
-    _check_control_tokens(subject, report)
+        report.problems.append(subject.problem(f"makes no row of a small conversation: {failure}", "mend the template"))
     return report
 
 
-def _check_trained_stops(subject: Subject, report: TemplateReport) -> list[int]:
-    """Each trained stretch ends with a stop token, its only one; these tokens."""
+def _check_trained_stops(subject: Subject, report: TemplateReport) -> int | None:
+    """Each trained stretch ends with a stop token, its only one; the last one."""
     row = subject.row(USER, ANSWER)
     stops = [row.ids[end - 1] for _, end in row.spans]
     controls = {subject.stop_id, *subject.encoder.control_ids.values()}
     once = all(row.ids[start:end].count(stop) == 1 for (start, end), stop in zip(row.spans, stops, strict=True))
     if stops and once and controls.issuperset(stops):
-        stops = list(dict.fromkeys(stops))
-        report.found.append(f"a turn ends with {' or '.join(map(subject.name, stops))}, trained once")
-        return stops
+        names = " or ".join(map(subject.name, dict.fromkeys(stops)))
+        report.found.append(f"a turn ends with {names}, trained once")
+        return stops[-1]
     trained = [subject.tokenizer.decode(row.ids[start:end]) for start, end in row.spans]
     rule = f"a turn is not trained up to one stop token at its end: trained is {trained!r}"
     fix = "write the token that ends a turn behind the assistant's content"
     report.problems.append(subject.problem(rule, fix, "assistant", "generation"))
-    return []
+    return None
 
 
 def _check_bos(subject: Subject, report: TemplateReport) -> None:
@@ -109,7 +151,10 @@ def _check_bos(subject: Subject, report: TemplateReport) -> None:
     bos = tokenizer.bos_token_id
     if bos is None:
         return
-    ids = subject.row(USER, ANSWER).ids
+    if subject.template.exists:
+        ids = subject.encoder.encode(subject.template.render([[{"role": "user", "content": USER}]]))[0]
+    else:
+        ids = subject.row(USER, ANSWER).ids
     count = next((n for n, token in enumerate(ids) if token != bos), len(ids))
     name = subject.name(bos)
     needles = ("bos_token", str(tokenizer.bos_token))
@@ -149,18 +194,19 @@ def saved_stops(folder: Path) -> tuple[str, list[int]]:
     return "generation_config.json", []
 
 
-def _check_saved_stops(subject: Subject, trained: list[int], report: TemplateReport) -> None:
-    """Generation from the base model's own settings stops at the trained stop tokens."""
+def _check_saved_stops(subject: Subject, stop: int | None, report: TemplateReport) -> None:
+    """Generation from the base model's own settings stops at the token that ends the last turn in training."""
+    if stop is None:
+        return
     name, stops = saved_stops(subject.folder)
-    missing = [stop for stop in trained if stop not in stops]
-    if not missing:
+    if stop in stops:
         report.found.append("generation stops at it")
         return
     old = f"stops at {', '.join(map(subject.name, stops))}" if stops else "has no eos_token_id"
     report.warnings.append(
-        f"a turn is trained to end with {' or '.join(map(subject.name, missing))}, but the base model's {name} {old}; "
+        f"a turn is trained to end with {subject.name(stop)}, but the base model's {name} {old}; "
         "the exported folder's eos_token_id holds both; to serve an adapter on the base model, set there "
-        f'"eos_token_id": {json.dumps([*missing, *stops])}'
+        f'"eos_token_id": {json.dumps([stop, *stops])}'
     )
 
 

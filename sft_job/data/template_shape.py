@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sft_job.data.template_subject import ANSWER, USER, Subject, TemplateReport, cut
 from sft_job.errors import Problem
 
-__NEXT_USER, __NEXT_ANSWER = "nextuserprobe", "nextanswerprobe"
+_NEXT_USER, _NEXT_ANSWER = "nextuserprobe", "nextanswerprobe"
 # What opens and closes thoughts: <think>, </think>, [THINK], <|begin_of_thought|> and the like.
 _THOUGHT = r"[<\[][^<>\[\]\s]*(?:think|thought|reason)[^<>\[\]\s]*[>\]]"
 _THOUGHTS = re.compile(rf"\s*(?:{_THOUGHT}\s*)+", re.IGNORECASE)
@@ -43,7 +43,7 @@ def check_shape(subject: Subject, report: TemplateReport) -> None:
 def _shown(subject: Subject) -> _Shown:
     user = [{"role": "user", "content": USER}]
     turn = [*user, {"role": "assistant", "content": ANSWER}]
-    more = [{"role": "user", "content": __NEXT_USER}, {"role": "assistant", "content": __NEXT_ANSWER}]
+    more = [{"role": "user", "content": _NEXT_USER}, {"role": "assistant", "content": _NEXT_ANSWER}]
     # The generation prompt first: it is what a template must be able to write.
     prompt = subject.template.render([user], generation_prompt=True)[0]
     alone = subject.tried(user)
@@ -174,9 +174,9 @@ def _check_end(subject: Subject, shown: _Shown, report: TemplateReport) -> None:
         report.warnings.append(
             f"the chat template writes {cut(text)!r} between an answer and {subject.name(ends[0])}, which ends it"
         )
-    if shown.turns is None or __NEXT_USER not in shown.turns or ANSWER not in shown.turns:
+    if shown.turns is None or _NEXT_USER not in shown.turns or ANSWER not in shown.turns:
         return
-    between = shown.turns[shown.turns.index(ANSWER) + len(ANSWER) : shown.turns.index(__NEXT_USER)]
+    between = shown.turns[shown.turns.index(ANSWER) + len(ANSWER) : shown.turns.index(_NEXT_USER)]
     first = subject.controls(between)[:1]
     if not first or first[0] in openers:
         rule = (

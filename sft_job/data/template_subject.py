@@ -15,6 +15,7 @@ from sft_job.errors import Problem
 
 OPTION = "data.chat_template"
 USER, ANSWER = "userprobe", "answerprobe"
+NEXT_USER, NEXT_ANSWER = "nextuserprobe", "nextanswerprobe"
 
 
 @dataclass

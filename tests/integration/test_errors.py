@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny import CHATML
+
 
 def test_all_problems_at_once(job, tmp_path) -> None:
     result = job(
@@ -154,3 +156,13 @@ def test_check_says_what_train_would_say_of_the_run_folder(job) -> None:
         changed = job("optim.lr=3e-5", verb=verb)
         assert changed.returncode == 2
         assert "optim.lr = 3e-05" in changed.stderr
+
+
+def test_a_broken_template_is_refused_before_anything_is_tokenised(job, tmp_path) -> None:
+    (tmp_path / "broken.jinja").write_text(CHATML.split("{% if")[0])
+    for verb in ("train", "check"):
+        result = job(f"data.chat_template={tmp_path}/broken.jinja", verb=verb)
+        assert result.returncode == 2, result.stderr
+        assert "data.chat_template\n    writes no generation prompt" in result.stderr
+        assert "Traceback" not in result.stderr
+    assert not (job.run / "cache").exists()

@@ -14,8 +14,14 @@ from sft_job.contract import ExitCode, RunFolder
 from sft_job.data.cache import CacheSpec
 from sft_job.data.encode import Encoder
 from sft_job.data.prepare import prepare
-from sft_job.data.render import PromptResponseRenderer
-from sft_job.data.template_check import Subject, TemplateReport, check_template, saved_stops, self_test
+from sft_job.data.template_check import (
+    TemplateReport,
+    check_template,
+    message_subject,
+    prompt_subject,
+    saved_stops,
+    self_test,
+)
 from sft_job.errors import ProblemsError
 from tests.unit.data.conftest import CHATML, GEMMA, LLAMA3, NO_END, rows_file
 
@@ -106,18 +112,11 @@ def check(
     messages: bool = False,
     **options: Any,
 ) -> TemplateReport:
-    fast = tokenizer(template, tokens, kind, frame)
-    renderer = PromptResponseRenderer(fast, **options)
-    subject = Subject(
-        fast,
-        renderer.template,
-        renderer.encoder,
-        renderer.end_of_turn_id,
-        folder,
-        lambda user, answer: renderer.render([user], [answer])[0],
-        messages=messages,
-    )
-    return self_test(subject)
+    make = message_subject if messages else prompt_subject
+    try:
+        return self_test(make(tokenizer(template, tokens, kind, frame), folder, **options))
+    except ProblemsError as error:
+        return TemplateReport(problems=list(error.problems))
 
 
 def with_stops(folder: Path, *stops: int) -> Path:
@@ -154,7 +153,7 @@ def test_what_is_found(tmp_path: Path) -> None:
     assert (report.problems, report.warnings) == ([], [])
     assert report.text() == (
         "an answer begins where the generation prompt ends; a turn ends with '<end_of_turn>' (id 4), trained once; "
-        "one BOS '<bos>' (id 1); generation stops at it; control tokens in rows stay text"
+        "generation stops at it; one BOS '<bos>' (id 1); control tokens in rows stay text"
     )
 
 
