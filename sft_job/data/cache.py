@@ -4,7 +4,7 @@ A cache is a folder, named by what it holds: parts (Arrow IPC files with ids and
 numbers of targets as plain int32 files, their hashes, a table of the rows that are not trained on and why, and a
 manifest with every file's size. It is published by one rename.
 
-It does not depend on how many rows may be rejected: ``judge_rows`` says whether a run may use it.
+It does not depend on how many rows may be rejected: ``judge.judge_rows`` says whether a run may use it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from sft_job.contract import ExitCode
 from sft_job.data.build import (
     FORMAT,
     HASHES,
@@ -40,10 +39,9 @@ from sft_job.data.build import (
     library_versions,
     unwritable,
 )
-from sft_job.data.faults import FaultLog, Judged, judge
+from sft_job.data.faults import FaultLog
 from sft_job.data.spec import CacheSpec, cache_spec
 from sft_job.data.tokenise import PART_SCHEMA, Int32
-from sft_job.errors import Problem
 
 __all__ = [
     "CacheSpec",
@@ -51,7 +49,6 @@ __all__ = [
     "TokenCache",
     "TokenRow",
     "cache_spec",
-    "judge_rows",
     "open_cache",
     "open_or_build",
 ]
@@ -221,7 +218,7 @@ def open_cache(folder: Path) -> TokenCache:
 def open_or_build(spec: CacheSpec, folder: Path, workers: int, progress: Progress | None = None) -> TokenCache:
     """The cache for ``spec`` in ``folder``, built where there is none or a damaged one.
 
-    It is built and published whatever rows cannot be used, even without any usable row: ask ``judge_rows``.
+    It is built and published whatever rows cannot be used, even without any usable row: ask ``judge.judge_rows``.
     Several processes may call this at once, on one machine or on one file system: one builds, the others wait for it.
 
     Args:
@@ -255,38 +252,6 @@ def open_or_build(spec: CacheSpec, folder: Path, workers: int, progress: Progres
             raise unwritable(folder, error) from error
         raise
     return TokenCache(final, spec.origins)
-
-
-def judge_rows(cache: TokenCache, spec: CacheSpec, allowed: float, listing: Path | None = None) -> Judged:
-    """Whether a run may go on with the rows that a cache holds.
-
-    Args:
-        cache: the cache of ``spec``.
-        spec: what it was made from.
-        allowed: ``data.max_rejected_fraction``.
-        listing: file that names all rows that are not trained on, for the messages.
-    """
-    report = cache.report
-    judged = judge(
-        cache.faults,
-        report["rows_read"],
-        files=spec.origins,
-        option=spec.files_option,
-        max_length=spec.max_length,
-        allowed=allowed,
-        listing=listing,
-    )
-    if judged.problems or cache.num_rows:
-        return judged
-    return Judged((nothing_usable(spec, report["rows_read"], cache.faults),))
-
-
-def nothing_usable(spec: CacheSpec, rows: int, faults: FaultLog) -> Problem:
-    """The problem of a data set of which no row can be trained on."""
-    kinds = ", ".join(f"{count:,} {fault.value}" for fault, count in faults.counts.items())
-    rule = f"none of {rows:,} rows has a token to train on within data.max_length = {spec.max_length:,} ({kinds})"
-    fix = "raise data.max_length, or data.truncation=left, which keeps the responses' ends"
-    return Problem(ExitCode.DATA, spec.files_option, rule, fix)
 
 
 def _name(spec: CacheSpec, fingerprint: str) -> str:

@@ -13,9 +13,9 @@ from typing import Any
 from sft_job.config.schema import JobConfig
 from sft_job.contract import ExitCode, RunFolder
 from sft_job.data.build import Progress
-from sft_job.data.cache import CacheSpec, TokenCache, cache_spec, judge_rows, open_or_build
-from sft_job.data.faults import Judged
+from sft_job.data.cache import CacheSpec, TokenCache, cache_spec, open_or_build
 from sft_job.data.files import check_files
+from sft_job.data.judge import Judged, judge_rows
 from sft_job.data.rejected import write_rejected_rows
 from sft_job.data.shm import SHM, Warn, to_shm
 from sft_job.data.spec import Split

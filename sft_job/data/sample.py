@@ -12,10 +12,9 @@ from typing import NamedTuple
 import pyarrow.parquet as pq
 
 from sft_job.data.build import Outcome, start_reading
-from sft_job.data.cache import nothing_usable
 from sft_job.data.counts import FileCounts
-from sft_job.data.faults import judge
 from sft_job.data.footer import UNREADABLE, one_line
+from sft_job.data.judge import judge, nothing_usable
 from sft_job.data.pieces import Gap, Piece, Segment, batch_stream, names_in, numbered_segment
 from sft_job.data.spec import CacheSpec
 from sft_job.data.tokenise import PieceTokeniser

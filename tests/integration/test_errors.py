@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -44,15 +45,52 @@ def test_exit_codes(job, override, code, shown, verb) -> None:
 
 
 def test_rows_that_are_wrong(job, tmp_path) -> None:
+    """Refused before any weight is read (there are none), listed whole, and let go where the setting says so."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pq.write_table(pa.table({"prompt": ["a", None], "response": ["b", "c"]}), tmp_path / "bad.parquet")
-    for verb in ("train", "check"):
-        result = job(f"data.train_files={tmp_path}/bad.parquet", verb=verb)
+    prompts, file = ["a", None, "c", "d"], tmp_path / "bad.parquet"
+    pq.write_table(pa.table({"prompt": prompts, "response": ["b", "c", "", "e"]}), file)
+    (tmp_path / "model").mkdir()
+    for path in (job.inputs / "qwen3").iterdir():
+        if path.suffix != ".safetensors":
+            (tmp_path / "model" / path.name).write_bytes(path.read_bytes())
+    weightless = f"model.partial_pretrain={tmp_path}/model"
+    rejected = job.run / "logs" / "rejected_rows.parquet"
+    for verb, shown in (("check", "prompt is null"), ("train", str(rejected))):
+        result = job(f"data.train_files={file}", weightless, "model.init=random", verb=verb)
         assert result.returncode == 65, result.stderr
-        assert "row 1" in result.stderr
+        assert f"{file} row 1: prompt is null" in result.stderr
+        assert shown in result.stderr
+        assert "with 0.25 the run goes on" in result.stderr
         assert "Traceback" not in result.stderr
+        assert rejected.exists() is (verb == "train")
+    assert [(row["file"], row["row"]) for row in pq.read_table(rejected).to_pylist()] == [(str(file), 1)]
+    (report,) = json.loads((job.run / "logs" / "data_report.json").read_text())["train"]
+    assert (report["rows_usable"], report["rejected"]) == (3, {"no_text": 1})
+    allowed = job(f"data.train_files={file}", "data.max_rejected_fraction=0.25", verb="check")
+    assert allowed.returncode == 0, allowed.stderr
+    assert "1 of 4 rows of data.train_files (25 %) cannot be used" in " ".join(allowed.stdout.split())
+
+
+@pytest.mark.parametrize(("verb", "place"), [("check", "footer"), ("check", "page"), ("train", "page")])
+def test_damaged_parquet(job, inputs, tmp_path, verb, place) -> None:
+    """Pages with checksums; a file beside it is named good."""
+    import pyarrow.parquet as pq
+
+    bad = tmp_path / "bad.parquet"
+    pq.write_table(pq.read_table(inputs / "train.parquet"), bad, write_page_checksum=True, compression="none")
+    content = bytearray(bad.read_bytes())
+    content[content.index(b"graph") if place == "page" else len(content) - 100] ^= 1
+    if place == "footer":
+        content[-200:-12] = bytes(188)
+    bad.write_bytes(content)
+    result = job(f"data.train_files=[{inputs}/train.parquet,{bad}]", verb=verb)
+    assert result.returncode == 65, result.stderr
+    assert str(bad) + (" row group 0: " if place == "page" else "") in result.stderr
+    assert ("rows cannot be read" if place == "page" else "the other 1 file is good") in result.stderr
+    assert f"{inputs}/train.parquet" not in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_overlong_rows_under_error(job) -> None:

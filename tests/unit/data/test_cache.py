@@ -16,8 +16,9 @@ import pytest
 
 from sft_job.contract import ExitCode
 from sft_job.data import cache as cache_module
-from sft_job.data.cache import CacheSpec, DamagedCacheError, TokenCache, judge_rows, open_cache, open_or_build
+from sft_job.data.cache import CacheSpec, DamagedCacheError, TokenCache, open_cache, open_or_build
 from sft_job.data.columns import Column
+from sft_job.data.judge import judge_rows
 from sft_job.data.render import PromptResponseRenderer, load_tokenizer, truncate
 from sft_job.errors import JobError, ProblemsError
 from tests.unit.data.conftest import rows_file, words, write
@@ -383,7 +384,12 @@ def test_the_cache_is_the_same_for_any_number_of_workers(
 
 
 def test_faults_are_counted_exactly_over_several_workers(large: list[Path], spec: MakeSpec, tmp_path: Path) -> None:
-    (problem,) = refused(spec(*large, max_length=50), tmp_path / "cache", 2).problems
+    subject = spec(*large, max_length=50)
+    (problem,) = refused(subject, tmp_path / "cache", 2).problems
+    listed = pq.read_table(open_or_build(subject, tmp_path / "cache", 2).rejected).to_pydict()
+    assert listed["row"] == [*range(4000), *range(100)] + [*range(100)] * 19
+    assert listed["file"] == sorted(listed["file"])
+    assert set(listed["kind"]) == {"overlong"}
     assert "6,000 of 6,000 rows are longer than 50 tokens" in problem.rule
     assert [line.split(": ")[0].rsplit(" ", 1)[1] for line in problem.rule.splitlines()[1:]] == [*map(str, range(10))]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,10 +16,11 @@ from sft_job.checkpoint.start import Start, refuse_other_data
 from sft_job.checkpoint.state import RunState, flat_config
 from sft_job.config.schema import JobConfig
 from sft_job.contract import ExitCode
-from sft_job.data.cache import CacheSpec, judge_rows, open_or_build
+from sft_job.data.cache import CacheSpec, open_or_build
 from sft_job.data.columns import Column, read_texts
 from sft_job.data.files import footer_problems, read_footers
-from sft_job.data.footer import has_checksums
+from sft_job.data.footer import footer_fault, has_checksums, read_groups
+from sft_job.data.judge import judge_rows
 from sft_job.data.pieces import read_pieces
 from sft_job.data.sample import check_all, check_sample
 from sft_job.errors import Problem, ProblemsError
@@ -243,6 +245,43 @@ def test_a_footer_that_counts_fewer_rows(tmp_path: Path, spec: MakeSpec) -> None
                 assert read(file) is None
                 rules |= {problem.rule for problem in footer_problems([file], read_footers([file], COLUMNS, "k"), "k")}
     assert any("the footer counts" in rule and "its row groups 60" in rule for rule in rules)
+
+
+def test_a_footer_is_decoded_as_pyarrow_does(tmp_path: Path) -> None:
+    rows = [{"text": f"row {row}", "parts": ["a"] * (row % 3), "deep": {"er": row or None}} for row in range(50)]
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=20, compression="zstd")
+    metadata, groups = pq.read_metadata(file), read_groups(file)
+    assert [group.num_rows for group in groups] == [20, 20, 10]
+    assert footer_fault(metadata, groups, file.stat().st_size) is None
+    for number, group in enumerate(groups):
+        for index, chunk in enumerate(group.chunks):
+            other = metadata.row_group(number).column(index)
+            assert ".".join(chunk.path) == other.path_in_schema
+            assert (chunk.num_values, chunk.text_bytes) == (other.num_values, other.total_uncompressed_size)
+            assert chunk.start == (other.dictionary_page_offset or other.data_page_offset)
+            assert chunk.end - chunk.start == other.total_compressed_size
+
+
+def test_what_does_not_fit_together_in_a_footer(tmp_path: Path) -> None:
+    """Such a bit makes a column's cells those of another, each page with a good checksum."""
+    file = tmp_path / "a.parquet"
+    file.write_bytes(parquet())
+    metadata, groups, size = pq.read_metadata(file), read_groups(file), file.stat().st_size
+
+    def fault(**changes: object) -> str | None:
+        first, *others = groups[1].chunks
+        changed = replace(groups[1], chunks=(replace(first, **changes), *others))
+        return footer_fault(metadata, (groups[0], changed, groups[2]), size)
+
+    assert fault() is None
+    other = groups[2].chunks[0]
+    assert "for two columns" in str(fault(start=other.start, end=other.end))
+    assert "outside of the file" in str(fault(start=size, end=size + 10))
+    assert "outside of the file" in str(fault(start=-1))
+    assert "its column prompt 19" in str(fault(num_values=19))
+    assert "other columns than the schema" in str(fault(path=("Prompt",)))
+    assert "its row groups 40" in str(footer_fault(metadata, groups[:2], size))
 
 
 def test_cells_that_cannot_be_used_are_named_by_row(spec: MakeSpec, tmp_path: Path) -> None:

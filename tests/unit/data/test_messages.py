@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sft_job.contract import ExitCode
 from sft_job.data.chat import TemplateFailure
 from sft_job.data.conversation import Conversation, conversation
+from sft_job.data.faults import Fault
 from sft_job.data.messages import MessageRenderer, Rejected
 from sft_job.data.messages import _Row as Row
 from sft_job.data.render import PromptResponseRenderer, Rendered
