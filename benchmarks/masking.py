@@ -17,7 +17,7 @@ import statistics
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,11 @@ def main() -> None:
                 console.print(template, results[template])
     if options.out:
         settings = {"rows": options.rows, "tokens": options.tokens, "workers": options.workers}
-        machine = {"cpu": platform.processor() or platform.machine(), "python": platform.python_version()}
+        machine = {
+            "cpu": platform.processor() or platform.machine(),
+            "cores": available_cores(),
+            "python": platform.python_version(),
+        }
         machine |= {name: version(name) for name in _LIBRARIES}
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps({"settings": settings, "machine": machine, "results": results}, indent=1))
@@ -170,7 +174,6 @@ def _summary(chunks: list[Chunk], wall: float) -> dict[str, Any]:
         "ratio_median_of_chunks": round(statistics.median(ratios), 3),
         "ratio_90_percent": [round(ratios[len(ratios) // 20], 3), round(ratios[-1 - len(ratios) // 20], 3)],
         "wall_seconds": round(wall, 1),
-        "first": asdict(chunks[0]),
     }
 
 

@@ -54,7 +54,7 @@ def test_the_run_folder(done) -> None:
     assert {path.name for path in (final / "huggingface").iterdir()} >= {"model.safetensors", "tokenizer.json"}
     assert (job.run / "checkpoints" / "latest").read_text() == "global_step_4"
     assert "partial_pretrain" in (job.run / "logs" / "config.yaml").read_text()
-    assert json.loads((job.run / "logs" / "data_report.json").read_text())["train"]["rows_read"] == 13
+    assert json.loads((job.run / "logs" / "data_report.json").read_text())["train"][0]["rows_read"] == 13
     hidden = [path for path in (job.run / "checkpoints").iterdir() if path.name.startswith(".")]
     assert hidden == []
 

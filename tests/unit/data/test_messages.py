@@ -290,6 +290,28 @@ def test_blocks_of_rewritten_content() -> None:
     assert trained(by_prefixes, row) == ["o cot<end_of_turn>"]
 
 
+def test_a_turn_that_quotes_another_message_is_proved_otherwise() -> None:
+    quoting = template_of("chatml_no_prompt").replace(
+        "message.content +",
+        "(message.reasoning_content or '') + (messages[0].content if not loop.first else '') + message.content +",
+    )
+    chat = read([user("x"), assistant("b", reasoning_content="t")])
+    (row,) = with_template("chatml_no_prompt", quoting).render([chat])
+    assert isinstance(row, Rejected)
+
+
+def test_a_blank_content_behind_thoughts_belongs_to_the_turn() -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.thinking %}{{ m.thinking }}<|im_end|>\n<|im_start|>"
+        "final\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    subject = with_template("chatml", template)
+    (row,) = subject.render([read([user("x"), assistant("", call({}), reasoning_content="t")])])
+    assert isinstance(row, Rendered)
+    assert trained(subject, row) == ["t<|im_end|>\n<|im_start|>final\n<|im_end|>"]
+
+
 def test_thinking_is_switched_row_by_row_and_by_the_config() -> None:
     messages = [user("a"), assistant("b")]
     subject = renderer("qwen3")
