@@ -51,7 +51,6 @@ def write_config(folder: Path, blocks: int) -> None:
         num_hidden_layers=blocks,
         num_attention_heads=28,
         num_key_value_heads=4,
-        rope_theta=1e6,
         architectures=["Qwen2ForCausalLM"],
     ).save_pretrained(folder)
 

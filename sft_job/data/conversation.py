@@ -16,6 +16,8 @@ import pyarrow as pa
 
 from sft_job.data.columns import Column, Unreadable, python_values
 
+# Counted up with every change that gives other ids or other spans for the same conversation.
+VERSION = 1
 ROLES = ("system", "developer", "user", "assistant", "tool")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 FLAGS = ("loss", "train", "weight", "loss_mask")

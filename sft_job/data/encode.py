@@ -108,9 +108,16 @@ class Encoder:
         """
         if self._backend is None:
             return [(ids, None) for ids in self.encode(texts)]
-        if self._hides and any(MARK in text for text in texts):
-            return [self._encode_hidden(text, special_tokens=False) for text in texts]
-        return [(item.ids, item.offsets) for item in self._backend.encode_batch(list(texts), add_special_tokens=False)]
+        plain = [text for text in texts if not (self._hides and MARK in text)]
+        seen = iter(self._backend.encode_batch(plain, add_special_tokens=False)) if plain else iter(())
+        found: list[tuple[list[int], Offsets | None]] = []
+        for text in texts:
+            if self._hides and MARK in text:
+                found.append(self._encode_hidden(text, special_tokens=False))
+            else:
+                item = next(seen)
+                found.append((item.ids, item.offsets))
+        return found
 
     def _encode_batch(self, texts: Sequence[str], special_tokens: bool) -> list[list[int]]:
         if not texts:

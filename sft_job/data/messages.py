@@ -100,9 +100,7 @@ class MessageRenderer:
         self.encoder = Encoder(tokenizer, allow_control_tokens=allow_control_tokens, chat_template=chat_template)
         self.turns = Turns(self.template, self.encoder.control_ids)
         if not self.turns.stops:
-            rule = self._why_no_stop()
-            fix = "a template that writes a special token, such as the eos token, behind each of the assistant's turns"
-            raise ProblemsError([Problem(ExitCode.CONFIG, _OPTION, rule, fix)])
+            raise ProblemsError([self._no_stop()])
         self.stop_ids = [self.encoder.control_ids[stop] for stop in self.turns.stops]
         self.notes = [f"the assistant's turns end with {' or '.join(map(repr, self.turns.stops))}"]
         if self.turns.arguments_as_text:
@@ -116,25 +114,16 @@ class MessageRenderer:
         """The token that ends a plain answer."""
         return self.stop_ids[0]
 
-    def row(self, user: str, answer: str) -> Rendered:
-        """The row of a question and its answer.
-
-        Raises:
-            TemplateFailure: the template refuses it, or shows it so that nothing is certain.
-        """
-        messages = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
-        (row,) = self.render([Conversation(messages, None, None, (False, True))])
-        if isinstance(row, Rejected):
-            raise TemplateFailure(row.reason)
-        return row
-
-    def _why_no_stop(self) -> str:
+    def _no_stop(self) -> Problem:
         probe = [{"role": "user", "content": "probe"}, {"role": "assistant", "content": "probe"}]
         try:
             self.template.render([probe])
         except TemplateFailure as failure:
-            return f"fails on a conversation of a question and an answer: {failure}"
-        return "ends an assistant's turn with no control token, so that a model could not learn to stop"
+            rule = f"fails on a conversation of a question and an answer: {failure}"
+            return Problem(ExitCode.CONFIG, _OPTION, rule, "mend the template")
+        rule = "ends an assistant's turn with no control token, so that a model could not learn to stop"
+        fix = "a template that writes a special token, such as the eos token, behind each of the assistant's turns"
+        return Problem(ExitCode.CONFIG, _OPTION, rule, fix)
 
     def render(self, conversations: Sequence[Conversation]) -> list[Rendered | Rejected]:
         """One result for each conversation, in order."""

@@ -166,14 +166,6 @@ class PromptResponseRenderer:
             rows.append(Rendered(ids, ((len(prompt), len(ids)),), quoted))
         return rows
 
-    def row(self, user: str, answer: str) -> Rendered:
-        """The row of a prompt and its response.
-
-        Raises:
-            TemplateFailure: the template refuses it.
-        """
-        return self.render([user], [answer])[0]
-
     def encode_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
         """Ids up to where the response starts: what a model is given to generate from.
 

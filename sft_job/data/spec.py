@@ -14,6 +14,7 @@ from sft_job.config.schema import JobConfig
 from sft_job.config.sets import DataSet, Split, data_sets
 from sft_job.contract import ExitCode
 from sft_job.data.columns import Column, message_columns, plain, text_columns
+from sft_job.data.conversation import VERSION as CONVERSATION_VERSION
 from sft_job.data.custom import CustomClass, custom_class
 from sft_job.data.files import resolve_files
 from sft_job.data.render import fingerprint as renderer_fingerprint
@@ -112,6 +113,7 @@ class CacheSpec:
         if self.messages:
             parts["messages"] = [asdict(column) for column in self.messages]
             parts["train_on"] = self.train_on
+            parts["messages_version"] = CONVERSATION_VERSION
         if self.custom:
             parts["custom"] = self.custom.fingerprint()
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from sft_job.contract import ExitCode
 from sft_job.data.chat import TemplateFailure
 from sft_job.data.control_tokens import MARK, restore
-from sft_job.data.messages import MessageRenderer
-from sft_job.data.render import PromptResponseRenderer
+from sft_job.data.conversation import Conversation
+from sft_job.data.messages import MessageRenderer, Rejected
+from sft_job.data.render import PromptResponseRenderer, Rendered
 from sft_job.data.spec import CacheSpec
 from sft_job.data.template_shape import check_shape
-from sft_job.data.template_subject import ANSWER, USER, Subject, TemplateReport
+from sft_job.data.template_subject import ANSWER, NEXT_ANSWER, NEXT_USER, USER, Subject, TemplateReport
 from sft_job.data.tokenizer import load_tokenizer
 from sft_job.errors import Problem, ProblemsError
 
@@ -45,12 +46,9 @@ def check_templates(specs: Iterable[CacheSpec]) -> TemplateReport:
     joined = TemplateReport()
     for spec in {bool(spec.messages): spec for spec in specs}.values():
         report = check_template(spec)
-        for all_, of_this in (
-            (joined.problems, report.problems),
-            (joined.warnings, report.warnings),
-            (joined.found, report.found),
-        ):
-            all_ += [each for each in of_this if each not in all_]
+        joined.problems += [each for each in report.problems if each not in joined.problems]
+        joined.warnings += [each for each in report.warnings if each not in joined.warnings]
+        joined.found += [each for each in report.found if each not in joined.found]
     return joined
 
 
@@ -58,9 +56,6 @@ def check_template(spec: CacheSpec) -> TemplateReport:
     """Run the self-test on the tokenizer and template of a split; loads the tokenizer.
 
     Nothing is looked at where rows come from a class of the user's own, which makes its tokens itself.
-
-    Args:
-        spec: the data set.
 
     Raises:
         ProblemsError: exit 66, where the tokenizer cannot be loaded.
@@ -87,7 +82,16 @@ def prompt_subject(tokenizer: Any, folder: Path, **options: Any) -> Subject:
     Raises:
         ProblemsError: exit 2, where the template cannot be used at all.
     """
-    return _subject(tokenizer, folder, PromptResponseRenderer(tokenizer, **options), options)
+    renderer = PromptResponseRenderer(tokenizer, **options)
+    return Subject(
+        tokenizer,
+        renderer.template,
+        renderer.encoder,
+        renderer.end_of_turn_id,
+        folder,
+        lambda user, answer: renderer.render([user], [answer])[0],
+        own=not options.get("chat_template"),
+    )
 
 
 def message_subject(tokenizer: Any, folder: Path, **options: Any) -> Subject:
@@ -96,21 +100,25 @@ def message_subject(tokenizer: Any, folder: Path, **options: Any) -> Subject:
     Raises:
         ProblemsError: exit 2, where the template cannot be used at all.
     """
-    return _subject(tokenizer, folder, MessageRenderer(tokenizer, **options), options)
+    renderer = MessageRenderer(tokenizer, **options)
 
+    def row(user: str, answer: str) -> Rendered:
+        texts = {"user": (user, NEXT_USER), "assistant": (answer, NEXT_ANSWER)}
+        messages = [{"role": role, "content": texts[role][turn]} for turn in (0, 1) for role in texts]
+        (made,) = renderer.render([Conversation(messages, None, None, (False, True) * 2)])
+        if isinstance(made, Rejected):
+            raise TemplateFailure(made.reason)
+        return made
 
-def _subject(
-    tokenizer: Any, folder: Path, renderer: PromptResponseRenderer | MessageRenderer, options: Mapping[str, Any]
-) -> Subject:
     return Subject(
         tokenizer,
         renderer.template,
         renderer.encoder,
         renderer.end_of_turn_id,
         folder,
-        renderer.row,
+        row,
         own=not options.get("chat_template"),
-        messages=isinstance(renderer, MessageRenderer),
+        messages=True,
     )
 
 

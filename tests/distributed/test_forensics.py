@@ -77,7 +77,9 @@ def test_rehearsal_leaves_no_trace(inputs: Path, tmp_path: Path, ranks):
 
 
 def test_a_step_that_is_not_finite_ends_the_run_and_leaves_evidence(inputs: Path, tmp_path: Path, ranks):
-    config = config_of(inputs, tmp_path / "run", "trainer.save_freq=1", "trainer.rehearsal=false")
+    config = config_of(
+        inputs, tmp_path / "run", "trainer.save_freq=1", "trainer.rehearsal=false", "trainer.async_save=false"
+    )
     watched, message, code = ranks(2, run_spoilt, config, "nan", 2)[0]
     assert code == ExitCode.NON_FINITE
     assert len(watched.losses) == 1

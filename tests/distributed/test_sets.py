@@ -208,10 +208,10 @@ def _stopped_in_validation(config) -> tuple[bool, int]:
     from sft_job.checkpoint.start import find_start
     from sft_job.config.load import run_folder
     from sft_job.runtime import StopWish
-    from tests.distributed.runs import _runtime
+    from tests.distributed.runs import join_ranks
 
     stop = StopWish()
-    job = job_module.build_job(config, _runtime(), stop, find_start(config, run_folder(config)))
+    job = job_module.build_job(config, join_ranks(), stop, find_start(config, run_folder(config)))
     seen: list[int] = []
 
     def note(module: Any, arguments: Any) -> None:

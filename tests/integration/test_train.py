@@ -8,6 +8,8 @@ import signal
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.integration.conftest import Job, end
@@ -52,7 +54,7 @@ def test_the_run_folder(done) -> None:
     assert {path.name for path in (final / "huggingface").iterdir()} >= {"model.safetensors", "tokenizer.json"}
     assert (job.run / "checkpoints" / "latest").read_text() == "global_step_4"
     assert "partial_pretrain" in (job.run / "logs" / "config.yaml").read_text()
-    assert json.loads((job.run / "logs" / "data_report.json").read_text())["train"]["rows_read"] == 13
+    assert json.loads((job.run / "logs" / "data_report.json").read_text())["train"][0]["rows_read"] == 13
     hidden = [path for path in (job.run / "checkpoints").iterdir() if path.name.startswith(".")]
     assert hidden == []
 
@@ -380,3 +382,27 @@ def test_unwritable_run_folder(job) -> None:
     assert result.returncode == 73
     assert "cannot be written" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_conversations(job: Job) -> None:
+    """Rows of messages with tools, from the parquet file to a model, on two ranks."""
+    call = {"type": "function", "function": {"name": "neighbours", "arguments": '{"node": 3}'}}
+    tool = {"type": "function", "function": {"name": "neighbours", "parameters": '{"type": "object"}'}}
+    rows = [
+        [
+            {"role": "user", "content": f"graph {row}"},
+            {"role": "assistant", "content": "node", "tool_calls": [call] if row % 2 else None},
+            *([{"role": "tool", "content": "edge"}, {"role": "assistant", "content": "tree"}] if row % 2 else []),
+        ]
+        for row in range(8)
+    ]
+    path = job.root / "messages.parquet"
+    pq.write_table(pa.table({"messages": rows, "tools": [[tool] if row % 2 else None for row in range(8)]}), path)
+    options = (f"data.train_files={path}", "data.val_files=null", "data.multiturn.enable=true")
+    checked = job(*options, verb="check")
+    assert checked.returncode == 0, checked.stdout
+    result = job(*options, "data.train_batch_size=4", "trainer.total_epochs=1", NPROC_PER_NODE="2")
+    assert result.returncode == 0, result.stderr
+    report = json.loads((job.run / "logs" / "data_report.json").read_text())["train"][0]
+    assert (report["rows_usable"], report["rows_rejected"]) == (8, 0)
+    assert metrics(job)[-1]["train/supervised_tokens"] == report["trained_tokens"]

@@ -8,9 +8,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sft_job.contract import ExitCode
+from sft_job.data.chat import TemplateFailure
 from sft_job.data.conversation import Conversation, conversation
+from sft_job.data.faults import Fault
 from sft_job.data.messages import MessageRenderer, Rejected
-from sft_job.data.render import Rendered
+from sft_job.data.messages import _Row as Row
+from sft_job.data.render import PromptResponseRenderer, Rendered
+from sft_job.errors import ProblemsError
 from tests.unit.data.families import FAMILIES, FOLDER, family_tokenizer
 
 TOOLS = [
@@ -190,7 +195,7 @@ def draw_thoughts(draw: st.DrawFn) -> dict[str, str]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("blanks", [False, True], ids=["exact", "blanks"])
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(drawn=conversations())
 def test_what_is_trained_is_the_assistants_or_the_row_is_rejected(
     family: str, blanks: bool, drawn: tuple[list[dict[str, Any]], Any, Any]
@@ -201,3 +206,188 @@ def test_what_is_trained_is_the_assistants_or_the_row_is_rejected(
     (row,) = subject.render([chat])
     if not isinstance(row, Rejected):
         assert trained(subject, row) == expected(family, chat)
+
+
+def with_template(family: str, template: str | None, **options: Any) -> MessageRenderer:
+    tokenizer = family_tokenizer(family)
+    tokenizer.chat_template = None
+    return MessageRenderer(tokenizer, chat_template=template, **options)
+
+
+def template_of(family: str) -> str:
+    return (FOLDER / f"{family}.jinja").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_ways_of_proof_agree(family: str) -> None:
+    """What the prefixes prove is what the replaced texts prove."""
+    subject = renderer(family)
+    both = 0
+    for messages, tools in CASES.values():
+        chat = subject._chat(read(messages, tools))
+        try:
+            (text,) = subject.template.render([chat.messages], tools=[chat.tools])
+        except TemplateFailure:
+            continue
+        (located,) = subject._locate([Row(chat, text)])
+        assert located is not None
+        for number in chat.trained:
+            one = subject._finder._located(chat, number, text, located)
+            other = subject._finder._between_prefixes(chat, number, text)
+            both += one is not None and other is not None
+            assert one is None or other is None or one == other
+    # Where the template has no generation prompt, prefixes do not tell a header from an answer.
+    assert both >= (0 if family == "chatml_no_prompt" else 3)
+
+
+@pytest.mark.parametrize("family", ["chatml_no_prompt", "gemma", "phi", "olmo", "command", "llama3"])
+@pytest.mark.parametrize("answer", ["Hello.", "\n\nHello", "  Hello", "", "e\u0301 🌳"])
+def test_ids_of_a_turn_are_those_of_inference(family: str, answer: str) -> None:
+    """Prompt ids, then the ids of the answer by itself, then the end of the turn."""
+    subject, single = renderer(family), PromptResponseRenderer(family_tokenizer(family))
+    (row,) = subject.render([read([user("Hi"), assistant(answer)])])
+    assert isinstance(row, Rendered)
+    shown = answer.strip() if family in ("gemma", "llama3") else answer
+    if family in ("chatml_no_prompt", "command"):  # there the prompt lacks what comes before the answer
+        assert trained(subject, row)[0].replace("<|START_RESPONSE|>", "").startswith(shown)
+        return
+    (expected,) = single.render(["Hi"], [shown])
+    assert row.ids[: len(expected.ids)] == expected.ids
+    assert row.spans == expected.spans
+
+
+def test_generation_blocks_say_what_is_trained() -> None:
+    template = (
+        template_of("chatml_generation")
+        .replace("{{- message.content }}", "")
+        .replace("{%- endgeneration %}", "{%- endgeneration %}{{- message.content }}")
+    )
+    subject = with_template("chatml_generation", template)
+    chat = read([user("a"), assistant("b", reasoning_content="think"), user("c"), assistant("d")])
+    (row,) = subject.render([chat])
+    assert isinstance(row, Rendered)
+    # The contents stand outside of the blocks, and so do the ends of the turns.
+    assert trained(subject, row) == ["<think>\nthink\n</think>\n\n"]
+
+
+def test_blocks_of_rewritten_content() -> None:
+    """Replacing texts proves nothing where the template rewrites them; the blocks and prefixes still do."""
+    rewritten = "message.content | replace('a', 'o')"
+    chat = read([user("x"), assistant("a cat")])
+    template = template_of("chatml_generation").replace("{{- message.content }}", f"{{{{- {rewritten} }}}}")
+    in_blocks = with_template("chatml_generation", template)
+    (row,) = in_blocks.render([chat])
+    assert isinstance(row, Rendered)
+    assert trained(in_blocks, row) == ["o cot<|im_end|>"]
+    by_prefixes = with_template("phi", template_of("phi").replace("message.content", f"({rewritten})"))
+    (row,) = by_prefixes.render([read([user("x"), assistant("a cat"), user("y"), assistant("b")])])
+    assert isinstance(row, Rejected)
+    assert row.fault is Fault.NOT_PROVED
+    assert row.reason.startswith("messages[1]: neither generation blocks nor")
+    by_prefixes = with_template("gemma", template_of("gemma").replace("message.content |", f"{rewritten} |"))
+    (row,) = by_prefixes.render([chat])
+    assert isinstance(row, Rendered)
+    assert trained(by_prefixes, row) == ["o cot<end_of_turn>"]
+
+
+def test_a_turn_that_quotes_another_message_is_proved_otherwise() -> None:
+    quoting = template_of("chatml_no_prompt").replace(
+        "message.content +",
+        "(message.reasoning_content or '') + (messages[0].content if not loop.first else '') + message.content +",
+    )
+    chat = read([user("x"), assistant("b", reasoning_content="t")])
+    (row,) = with_template("chatml_no_prompt", quoting).render([chat])
+    assert isinstance(row, Rejected)
+
+
+def test_a_blank_content_behind_thoughts_belongs_to_the_turn() -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.thinking %}{{ m.thinking }}<|im_end|>\n<|im_start|>"
+        "final\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    subject = with_template("chatml", template)
+    (row,) = subject.render([read([user("x"), assistant("", call({}), reasoning_content="t")])])
+    assert isinstance(row, Rendered)
+    assert trained(subject, row) == ["t<|im_end|>\n<|im_start|>final\n<|im_end|>"]
+
+
+def test_thinking_is_switched_row_by_row_and_by_the_config() -> None:
+    messages = [user("a"), assistant("b")]
+    subject = renderer("qwen3")
+    on, off = subject.render([read(messages, None, True), read(messages, None, False)])
+    assert isinstance(on, Rendered)
+    assert isinstance(off, Rendered)
+    assert trained(subject, on) == trained(subject, off) == ["b<|im_end|>"]
+    template = "{{ 'on ' if enable_thinking else 'off ' }}" + template_of("chatml_no_prompt")
+    subject = with_template("chatml_no_prompt", template, template_kwargs={"enable_thinking": True})
+    chats = [read(messages, None, thinking) for thinking in (None, False, True, None)]
+    texts = [subject._tokenizer.decode(row.ids) for row in subject.render(chats) if isinstance(row, Rendered)]
+    assert [text.split()[0] for text in texts] == ["on", "off", "on", "on"]
+
+
+def test_turns_that_are_not_trained() -> None:
+    subject = renderer("llama3")
+    chat = read([user("a"), assistant("b", loss=0), user("c"), assistant("d"), user("e")])
+    last = read([user("a"), assistant("b"), user("c"), assistant("d")], train_on="last")
+    none = read([user("a")])
+    first, second, third = subject.render([chat, last, none])
+    assert isinstance(first, Rendered)
+    assert isinstance(second, Rendered)
+    assert isinstance(third, Rendered)
+    assert trained(subject, first) == trained(subject, second) == ["d<|eot_id|>"]
+    assert third.num_targets == 0
+
+
+def test_a_row_that_is_refused_leaves_the_others_alone() -> None:
+    subject = renderer("gemma")
+    good = read([user("a"), assistant("b")])
+    rows = subject.render([good, read([assistant("x")]), good])
+    assert rows[0] == rows[2] == subject.render([good])[0]
+    assert rows[1] == Rejected(
+        Fault.NOT_RENDERED, "TemplateError: Conversation roles must alternate user/assistant/user/assistant/..."
+    )
+
+
+def test_control_tokens_that_are_allowed_act() -> None:
+    chat = read([user("a <end_of_turn>"), assistant("b <end_of_turn> c")])
+    (plain,) = renderer("gemma").render([chat])
+    assert isinstance(plain, Rendered)
+    subject = renderer("gemma", allow=True)
+    (row,) = subject.render([chat])
+    assert isinstance(row, Rendered)
+    end = subject.end_of_turn_id
+    assert (plain.ids.count(end), row.ids.count(end)) == (2, 4)
+    assert trained(subject, row) == ["b <end_of_turn> c<end_of_turn>"]
+    assert (plain.control_tokens, row.control_tokens) == (("<end_of_turn>",), ())
+
+
+def test_of_two_bos_tokens_one_is_kept() -> None:
+    twice = with_template("gemma", "{{ bos_token }}" + template_of("gemma"))
+    chat = read([user("a"), assistant("b")])
+    assert twice.render([chat]) == renderer("gemma").render([chat])
+
+
+@pytest.mark.parametrize(
+    ("template", "rule"),
+    [
+        (None, "conversations need a chat template, and the tokenizer has none"),
+        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "ends an assistant's turn with no control token"),
+        (
+            "{{ raise_exception('no answers') }}",
+            "fails on a conversation of a question and an answer: TemplateError",
+        ),
+    ],
+)
+def test_templates_that_cannot_be_used(template: str | None, rule: str) -> None:
+    with pytest.raises(ProblemsError) as raised:
+        with_template("gemma", template)
+    (problem,) = raised.value.problems
+    assert problem.code is ExitCode.CONFIG
+    assert rule in problem.rule
+
+
+def test_notes_tell_of_ends_and_arguments() -> None:
+    assert renderer("harmony").notes == ["the assistant's turns end with '<|return|>' or '<|end|>' or '<|call|>'"]
+    assert "JSON text" in renderer("deepseek_r1").notes[1]
+    assert renderer("command").stop_ids == [renderer("command")._tokenizer.eos_token_id]
