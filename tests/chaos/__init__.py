@@ -1,1 +1,1 @@
-"""Proof by killing: runs that are killed at chosen instants, and what they must have in common with one that was not."""
+"""Proof by killing: runs that are killed at chosen instants, and how they compare with one that was not."""

@@ -111,7 +111,8 @@ class Campaign:
             else:
                 faults = self._starts(trajectory, folder, codes)
             if not faults:
-                faults = differences(reference, self._gather(folder), exact=trajectory.shape.exact)
+                found = self._gather(folder)
+                faults = differences(reference, found, exact=trajectory.shape.exact, ledger=not trajectory.cli)
         except (HangError, AssertionError, OSError) as error:
             faults = [f"{type(error).__name__}: {error}"]
         places = strikes_done(folder / "control")

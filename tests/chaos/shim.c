@@ -17,13 +17,14 @@
 #include <unistd.h>
 
 enum { OP_WRITE = 1, OP_FSYNC = 2, OP_RENAME = 4, OP_UNLINK = 8 };
-enum { ACT_COUNT = 0, ACT_STRIKE = 1, ACT_FAIL = 2, ACT_DELAY = 3 };
+enum { ACT_COUNT = 0, ACT_STRIKE = 1, ACT_FAIL = 2, ACT_DELAY = 3, ACT_TRACE = 4 };
 
 static int arm_ops, arm_action;
 static long arm_value;
 static char arm_root[1024], arm_part[256];
 static atomic_long seen, skip;
 static atomic_int struck;
+static _Thread_local const char *renamed; /* the old name, while a rename is met */
 
 static char strike_journal[1024], strike_text[256], strike_pids[4096];
 static int strike_signal;
@@ -95,6 +96,12 @@ static int meet(int op, const char *path) {
     if (!matches(op, path)) return 0;
     long number = atomic_fetch_add(&seen, 1);
     if (arm_action == ACT_COUNT) return 0;
+    if (arm_action == ACT_TRACE) {
+        char line[8400];
+        snprintf(line, sizeof line, "%d\t%s\t%s\n", op, path, op == OP_RENAME && renamed ? renamed : "");
+        append(line);
+        return 0;
+    }
     if (arm_action == ACT_DELAY) {
         struct timespec wait = {arm_value / 1000000, (arm_value % 1000000) * 1000};
         nanosleep(&wait, NULL);
@@ -183,15 +190,21 @@ int fdatasync(int fd) { NEXT(fdatasync); SYNCS(next(fd)); }
 
 #define NAMES(op, folder, name, call) \
     char path[4096]; \
-    full_path(folder, name, path, sizeof path); \
+    if (arm_ops & (op)) full_path(folder, name, path, sizeof path); \
+    else path[0] = 0; \
     int met = meet(op, path); \
     if (met < 0) return -1; \
     if (met) strike_at(path); \
     return call
 
-int rename(const char *from, const char *to) { NEXT(rename); NAMES(OP_RENAME, AT_FDCWD, to, next(from, to)); }
+int rename(const char *from, const char *to) {
+    NEXT(rename);
+    renamed = from;
+    NAMES(OP_RENAME, AT_FDCWD, to, next(from, to));
+}
 int renameat(int ff, const char *from, int tf, const char *to) {
     NEXT(renameat);
+    renamed = from;
     NAMES(OP_RENAME, tf, to, next(ff, from, tf, to));
 }
 int unlink(const char *name) { NEXT(unlink); NAMES(OP_UNLINK, AT_FDCWD, name, next(name)); }

@@ -1,4 +1,4 @@
-"""The C library's file calls, watched and failed from outside: built with the system's compiler when first asked for."""
+"""The C library's file calls, watched and failed from outside; built with the system's compiler when asked for."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ class Act(enum.IntEnum):
     STRIKE = 1
     FAIL = 2
     DELAY = 3
+    TRACE = 4
 
 
 def compiler() -> str | None:

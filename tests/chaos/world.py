@@ -22,8 +22,28 @@ from tests.chaos.shim import Act, Op, Shim
 
 JOURNAL = "strikes"
 """In the control folder: a line for each strike that was done: kill number, planned phase, place, process."""
+SEEN = "seen"
+"""In the control folder: how many calls the shim of an armed rank 0 saw."""
 _SUBREAPER = 36
 _FROZEN_SECONDS = 0.3
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What the shim does in rank 0 from an optimizer step on, under ``root``; at its exit the rank notes the count.
+
+    Attributes:
+        step: 0 = from the rank's start.
+        act: ``Act.STRIKE`` = SIGKILL at the call after ``skip`` others; see ``Shim.arm``.
+    """
+
+    step: int
+    ops: Op
+    root: Path
+    part: str
+    act: Act
+    skip: int = 0
+    value: int = 0
 
 
 @dataclass(frozen=True)
@@ -38,6 +58,7 @@ class Start:
         world: ranks.
         strike: None = let it run.
         hang_seconds: longest time that it may take.
+        arm: of rank 0, where there is no strike.
     """
 
     config: Path
@@ -48,8 +69,7 @@ class Start:
     world: int
     strike: Strike | None = None
     hang_seconds: float = 90.0
-    arm: tuple[int, str, str, int, int, int] | None = None
-    """Arguments of the shim's ``arm`` (ops, root, part, skip, act, value) in every rank, where no strike is wanted."""
+    arm: Arm | None = None
 
 
 @dataclass(frozen=True)
@@ -184,7 +204,7 @@ def _supervise(start: Start, log: Path) -> int:
 
 
 class _ForkedProcess(subprocess.Popen):  # type: ignore[type-arg]
-    """``subprocess.Popen`` that forks where the command is a module of this job; pipes and waiting are the real ones."""
+    """``subprocess.Popen`` that forks where the command is a module of this job; the rest of it is the real one."""
 
     chaos: Start
 
@@ -274,15 +294,20 @@ class Watch:
             self._shim.prepare(self._start.control / JOURNAL, text, strike.signal, paths)
             if strike.phase is Phase.LOAD:
                 sys.addaudithook(self._opened)
-        elif self._start.arm is not None:
-            ops, root, part, skip, act, value = self._start.arm
-            self._shim.arm(Op(ops), Path(root), part, Act(act), skip=skip, value=value)
+        elif self._start.arm is not None and self._rank == 0 and self._start.arm.step == 0:
+            self._arm(self._start.arm)
+
+    def _arm(self, arm: Arm) -> None:
+        self._shim.prepare(self._start.control / JOURNAL, "0 armed", signal.SIGKILL)
+        self._shim.arm(arm.ops, arm.root, arm.part, arm.act, skip=arm.skip, value=arm.value)
 
     def at_exit(self) -> None:
         """A strike that found no chance comes now, so that every planned kill is one."""
         if self._strike is not None:
             self._shim.disarm()
             self._shim.strike(Phase.EXIT.value)
+        elif self._start.arm is not None and self._rank == 0:
+            (self._start.control / SEEN).write_text(str(self._shim.seen()))
 
     def _watch_rows(self) -> None:
         from sft_job.data.order import RowOrder
@@ -373,8 +398,11 @@ class Watch:
         os.write(ledger, line.encode())
         os.close(ledger)
         self._step += 1
+        arm = self._start.arm
         if self._step >= self._at:
             self._watch_files()
+        elif arm is not None and self._rank == 0 and self._step == arm.step:
+            self._arm(arm)
 
     def _watch_files(self) -> None:
         assert self._strike is not None
