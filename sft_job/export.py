@@ -5,7 +5,7 @@ No process holds the whole model: weights pass one by one, and are written a fil
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from sft_job.checkpoint.distributed import first_failure
 from sft_job.checkpoint.folder import newest_whole, published
 from sft_job.checkpoint.huggingface import FILE_BYTES, WeightsWriter, whole_tensors, write_companions, write_weights
+from sft_job.checkpoint.shards import SafeLoadPlanner, SafeReader
 from sft_job.checkpoint.state import read_state, saved_config
 from sft_job.config.schema import JobConfig
 from sft_job.contract import ExitCode, RunFolder, step_of
@@ -39,7 +40,15 @@ from sft_job.model.supported import read_config
 from sft_job.parallel.fsdp import tied_once
 
 
-def export_live(folder: Path, lm: PreTrainedModel, config: JobConfig, device: torch.device, *, write: bool) -> str:
+def export_live(
+    folder: Path,
+    lm: PreTrainedModel,
+    config: JobConfig,
+    device: torch.device,
+    *,
+    write: bool,
+    meet: Callable[[], None] | None = None,
+) -> str:
     """Write the model as it stands, or its adapters, into an existing folder (a collective call).
 
     Args:
@@ -48,6 +57,7 @@ def export_live(folder: Path, lm: PreTrainedModel, config: JobConfig, device: to
         config: the run's settings.
         device: where the ranks communicate.
         write: this rank writes; the others only take part.
+        meet: waits for all ranks as long as the disk takes.
 
     Returns:
         SHA-256 of the trained weights, '' on ranks that do not write.
@@ -55,13 +65,13 @@ def export_live(folder: Path, lm: PreTrainedModel, config: JobConfig, device: to
     base = Path(config.model.partial_pretrain or "")
     if uses_lora(config.model):
         adapters = {file_name(name): tensor for name, tensor in lm.state_dict().items() if ".lora_" in name}
-        digest = _write_adapters(folder, whole_tensors(adapters, device), write=write)
+        digest = _write_adapters(folder, whole_tensors(adapters, device, meet), write=write)
         if write:
             write_adapter_config(folder, lora_config(config.model))
             load_tokenizer(base, config.model.trust_remote_code).save_pretrained(folder)
         return digest
     weights = tied_once(lm, set())
-    digest = write_weights(folder, whole_tensors(weights, device), write=write)
+    digest = write_weights(folder, whole_tensors(weights, device, meet), write=write)
     if write:
         _write_companions(folder, lm, next(iter(weights.values())).dtype, config)
     return digest
@@ -163,7 +173,7 @@ def _read_tensors(folder: Path, shapes: dict[str, Tensor]) -> Iterator[tuple[str
 def _read_together(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     state = {"model": {f"lm.{name}": tensor for name, tensor in tensors.items()}}
     try:
-        dcp.load(state, checkpoint_id=folder, no_dist=True)
+        dcp.load(state, storage_reader=SafeReader(folder), planner=SafeLoadPlanner(), no_dist=True)
     except dcp.CheckpointException as error:
         raise JobError(ExitCode.NO_CHECKPOINT, f"{folder} cannot be read: {first_failure(error)}") from error
     return tensors

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from sft_job import __version__
-from sft_job.checkpoint.checkpointer import ADAPTER, HUGGINGFACE, Checkpointer
-from sft_job.checkpoint.distributed import load_tensors, on_first_rank
+from sft_job.checkpoint.checkpointer import ADAPTER, HUGGINGFACE, Checkpointer, SavePolicy
+from sft_job.checkpoint.distributed import on_first_rank
+from sft_job.checkpoint.files import Files
 from sft_job.checkpoint.folder import published
 from sft_job.checkpoint.remote import RemoteStore
 from sft_job.checkpoint.start import (
@@ -65,6 +66,7 @@ class Job:
         loader: this rank's batches.
         loggers: on rank 0, None elsewhere.
         store: a second place for checkpoints, on rank 0 where one is set.
+        checkpointer: saves.
         timeout_seconds: how long the other ranks wait for rank 0.
     """
 
@@ -74,6 +76,7 @@ class Job:
     loader: BatchLoader
     loggers: Loggers | None
     store: RemoteStore | None
+    checkpointer: Checkpointer
     timeout_seconds: int
 
     def run(self) -> Ending:
@@ -88,6 +91,7 @@ class Job:
 
     def close(self) -> None:
         """Close what is still open, also after an error."""
+        self.checkpointer.close()
         if self.store is not None:
             self.store.close(_STOP_UPLOAD_SECONDS)
         if self.loggers is not None:
@@ -119,8 +123,15 @@ def _find_start(config: JobConfig, run: RunFolder) -> Start:
     return start_at(Path(found), config, run) if found else Start()
 
 
-def build_job(config: JobConfig, runtime: Runtime, stop: StopWish, start: Start) -> Job:
+def build_job(config: JobConfig, runtime: Runtime, stop: StopWish, start: Start, files: Files | None = None) -> Job:
     """Put a run together at its start (a collective call).
+
+    Args:
+        config: the settings.
+        runtime: this rank.
+        stop: this rank's wish to stop.
+        start: where the run begins.
+        files: does the file operations of saving, for tests that watch them.
 
     Raises:
         JobError: with the exit code of what went wrong.
@@ -145,16 +156,17 @@ def build_job(config: JobConfig, runtime: Runtime, stop: StopWish, start: Start)
         run,
         module,
         optimizer,
-        config.trainer.checkpoint.save_contents,
-        config.trainer.max_ckpt_to_keep,
+        runtime.device,
+        SavePolicy.of(config.trainer),
         ADAPTER if uses_lora(config.model) else HUGGINGFACE,
-        lambda folder: export_live(folder, module.lm, config, runtime.device, write=runtime.is_first),
+        lambda folder, meet: export_live(folder, module.lm, config, runtime.device, write=runtime.is_first, meet=meet),
         None if store is None else store.upload,
+        warn=None if loggers is None else loggers.warning,
+        files=files,
     )
     checkpointer.prepare()
     if start.checkpoint is not None:
-        load_tensors(start.checkpoint, module, optimizer)
-        checkpointer.newest = start.checkpoint
+        checkpointer.load(start.checkpoint)
 
     shape = FlopsShape.from_config(module.lm.config)
     if loggers is not None:
@@ -181,7 +193,7 @@ def build_job(config: JobConfig, runtime: Runtime, stop: StopWish, start: Start)
         stop,
     )
     loader = _loader(config, rows, order, mesh)
-    return Job(module, optimizer, trainer, loader, loggers, store, config.trainer.timeout_seconds)
+    return Job(module, optimizer, trainer, loader, loggers, store, checkpointer, config.trainer.timeout_seconds)
 
 
 def make_schedule(config: JobConfig, steps_per_epoch: int) -> Schedule:

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sft_job.checkpoint.checkpointer import Checkpointer
+from sft_job.checkpoint.checkpointer import Checkpointer, Purpose
 from sft_job.checkpoint.state import RunState
 from sft_job.config.schema import JobConfig
-from sft_job.contract import ExitCode, step_of
+from sft_job.contract import ExitCode
 from sft_job.data.batches import PackedBatch, StepBatch
 from sft_job.errors import JobError
 from sft_job.metrics.loggers import Logger
@@ -34,12 +34,16 @@ class StepResult:
         grad_norm: before clipping.
         lr: the step's learning rate.
         stop: some rank was asked to stop.
+        recovery_due: it is time for a recovery checkpoint.
+        saves_over: ranks whose save in flight is over.
     """
 
     loss: float
     grad_norm: float
     lr: float
     stop: bool
+    recovery_due: bool
+    saves_over: float
 
 
 @dataclass(frozen=True)
@@ -143,26 +147,28 @@ class Trainer:
             step = self._state.step
             if step == self.schedule.total_steps:
                 break
+            self._checkpointer.collect(result.saves_over)
             # Saved before it is validated: a validation may take longer than a scheduler waits.
-            due = self.schedule.saves_at(step)
-            if due or result.stop:
-                self._save(kept=due)
+            if self.schedule.saves_at(step):
+                self._save(Purpose.KEPT)
+            elif result.stop:
+                self._save(Purpose.STOP)
+            elif result.recovery_due:
+                self._save(Purpose.RECOVERY)
             if result.stop or (self.schedule.tests_at(step) and not self._validate()):
                 return self._stopped()
         return self._finish()
 
     def _finish(self) -> Ending:
         """After the last step: the export first, then validation; a stop in it leaves only that to the next start."""
-        self._save(kept=True, last=True)
+        self._save(Purpose.LAST)
         if not self._validate():
             return self._stopped()
         self._checkpointer.finish(self._state.step)
         return Ending(False, self._state)
 
     def _stopped(self) -> Ending:
-        newest = self._checkpointer.newest
-        if newest is None or step_of(newest) != self._state.step:
-            self._save(kept=False)
+        self._state = self._checkpointer.stop(self._state)
         return Ending(True, self._state)
 
     def _timed(self, batches: Iterable[StepBatch]) -> Iterator[StepBatch]:
@@ -187,10 +193,10 @@ class Trainer:
         set_learning_rate(self._optimizer, lr)
         loss = self.accumulate(batch.micro_batches, batch.num_targets)
         norm = gradient_norm(self._parameters, self._shard_group)
-        flags = torch.stack([loss, loss.new_tensor(float(self._stop.signal != 0))])
+        flags = torch.cat([loss[None], loss.new_tensor([float(self._stop.signal != 0), *self._checkpointer.flags()])])
         dist.all_reduce(flags)
         # The step's only wait for the device: loss and norm must be known to be finite before the weights move.
-        total, stops, grad_norm = torch.stack([*flags, norm.to(flags)]).tolist()
+        total, stops, recovery, saves_over, grad_norm = torch.cat([flags, norm.to(flags)[None]]).tolist()
         if not (math.isfinite(total) and math.isfinite(grad_norm)):
             raise self._not_finite(batch, total, grad_norm)
         clip = self._config.optim.clip_grad
@@ -198,7 +204,7 @@ class Trainer:
             scale_gradients(self._parameters, norm.new_tensor(clip) / norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return StepResult(total, grad_norm, lr, stops > 0)
+        return StepResult(total, grad_norm, lr, stops > 0, recovery > 0, saves_over)
 
     def accumulate(self, micro_batches: list[PackedBatch], num_targets: int) -> Tensor:
         """Add up the gradients of a global batch (a collective call).
@@ -256,8 +262,8 @@ class Trainer:
             self._logger.log(validation_record(self._state.step, loss))
         return loss is not None
 
-    def _save(self, *, kept: bool, last: bool = False) -> None:
-        self._state = self._checkpointer.save(replace(self._state, kept=kept), last=last)
+    def _save(self, purpose: Purpose) -> None:
+        self._state = self._checkpointer.save(self._state, purpose)
 
     def _not_finite(self, batch: StepBatch, loss: float, norm: float) -> JobError:
         rows = "".join(f"\n      {self._origin(int(row))}" for row in batch.row_ids[:8])

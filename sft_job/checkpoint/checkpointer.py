@@ -1,50 +1,134 @@
-"""One save, from the ranks' shards to a published folder."""
+"""A run's saves, one after the other: what is due, what is in flight, and what follows from one that fails."""
 
 from __future__ import annotations
 
+import enum
 import os
-import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from sft_job.checkpoint.distributed import is_disk_failure, on_first_rank, save_tensors
-from sft_job.checkpoint.folder import (
-    clear_leftovers,
-    damage,
-    mark_final,
-    prune,
-    publish,
-    state_or_none,
-    temporary_folder,
-)
-from sft_job.checkpoint.state import STATE_FILE, RunState
-from sft_job.contract import ExitCode, RunFolder
+from sft_job.checkpoint.background import Background
+from sft_job.checkpoint.distributed import is_disk_failure, load_tensors, on_every_rank, on_first_rank, trained_tensors
+from sft_job.checkpoint.files import Files
+from sft_job.checkpoint.folder import clear_leftovers, mark_final, temporary_folder
+from sft_job.checkpoint.save import Order, Saved, Writing, already_there, begin, bytes_needed
+from sft_job.checkpoint.staging import Staging, global_bytes, local_bytes
+from sft_job.checkpoint.state import RunState
+from sft_job.config.schema import TrainerConfig
+from sft_job.contract import ExitCode, RunFolder, step_of
+from sft_job.data.shm import available_memory
 from sft_job.errors import JobError
 
-Result = TypeVar("Result")
 HUGGINGFACE = "huggingface"
 ADAPTER = "adapter"
+# A disk may take this long; a rank that is gone shows at once, and one that hangs in the training's own collectives.
+_DISK_PATIENCE = timedelta(days=1)
+# After an error elsewhere, a save in flight has this long; the supervisor then ends the ranks.
+_CLOSE_SECONDS = 15.0
+_MEMORY_SHARE = 0.8
+Export = Callable[[Path, Callable[[], None]], str]
+
+
+class Purpose(enum.Enum):
+    """Why a checkpoint is saved."""
+
+    KEPT = "kept"
+    """``save_freq``: counted by ``max_ckpt_to_keep``."""
+    RECOVERY = "recovery"
+    """``recovery_minutes``: the next checkpoint takes its place."""
+    STOP = "stop"
+    """On the way out, to go on from; nothing is removed for it."""
+    LAST = "last"
+    """The run is at its end: the checkpoint holds the export."""
+
+    @property
+    def awaited(self) -> bool:
+        """The run ends with it: it is waited for, and it must not fail."""
+        return self in (Purpose.STOP, Purpose.LAST)
+
+
+@dataclass(frozen=True)
+class SavePolicy:
+    """How and what a run saves: ``trainer.*`` of the same names.
+
+    Attributes:
+        contents: ``checkpoint.save_contents``.
+        keep: ``max_ckpt_to_keep``.
+        asynchronous: ``async_save``.
+        recovery_seconds: between recovery checkpoints; 0 = none.
+        end_on_failure: ``on_save_failure`` is end.
+    """
+
+    contents: frozenset[str]
+    keep: int | None = None
+    asynchronous: bool = True
+    recovery_seconds: float = 0.0
+    end_on_failure: bool = True
+
+    @classmethod
+    def of(cls, trainer: TrainerConfig) -> SavePolicy:
+        """What the settings say."""
+        return cls(
+            frozenset(trainer.checkpoint.save_contents),
+            trainer.max_ckpt_to_keep,
+            trainer.async_save,
+            trainer.recovery_minutes * 60.0,
+            trainer.on_save_failure == "end",
+        )
+
+
+@dataclass(frozen=True)
+class SaveTiming:
+    """Of one save, seconds on this rank.
+
+    Attributes:
+        stall: that training stood still for it.
+        total: from its order to its publication.
+        bytes: of its files; 0 where it failed.
+    """
+
+    stall: float
+    total: float
+    bytes: int
+
+
+@dataclass
+class _Flight:
+    purpose: Purpose
+    order: Order
+    work: Background[Saved]
+    began: float
+    stall: float
 
 
 class Checkpointer:
-    """Saves a run; every method is a collective call.
+    """Saves a run; every method but ``flags`` is a collective call, on the training's thread.
+
+    At most one save is in flight. It works on a copy of the state, on a thread of its own and over a process group of
+    its own, so that neither the training nor any timeout of it waits for the disk.
 
     Args:
         run: the run folder.
         module: the trained module.
         optimizer: its optimizer.
-        contents: ``trainer.checkpoint.save_contents``.
-        keep: ``trainer.max_ckpt_to_keep``.
+        device: of this rank.
+        policy: how and what to save.
         export_name: ``huggingface``, or ``adapter`` where adapters are trained.
         export: writes that into an existing folder and returns the weights' SHA-256 ('' except on rank 0); a
-            collective call.
-        on_published: takes each checkpoint's folder when it is whole, on rank 0; must return at once.
+            collective call. Its second argument lets the ranks wait for each other as long as the disk takes.
+        on_published: takes each checkpoint's folder when it is whole, on rank 0 and any thread; must return at once.
+        confirm: called on rank 0 immediately before a checkpoint gets its name, on any thread; a JobError ends the
+            run on all ranks alike, and the checkpoint is not published.
+        warn: takes a line for the user, on any thread; None on ranks that have no one to tell.
+        files: does the file operations.
     """
 
     def __init__(
@@ -52,121 +136,245 @@ class Checkpointer:
         run: RunFolder,
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
-        contents: Sequence[str],
-        keep: int | None,
+        device: torch.device,
+        policy: SavePolicy,
         export_name: str,
-        export: Callable[[Path], str],
+        export: Export,
         on_published: Callable[[Path], None] | None = None,
+        confirm: Callable[[], None] | None = None,
+        warn: Callable[[str], None] | None = None,
+        files: Files | None = None,
     ) -> None:
         self._run = run
         self._module = module
         self._optimizer = optimizer
-        self._contents = frozenset(contents)
-        self._keep = keep
+        self._policy = policy
         self._export_name = export_name
         self._export = export
         self._on_published = on_published
+        self._warn = warn
+        self._files = files or Files()
+        self._asynchronous = policy.asynchronous
+        self._group: Any = dist.new_group(backend="gloo", timeout=_DISK_PATIENCE)
+        self._writing = Writing(run, self._group, policy.keep, confirm, on_published, self._files)
+        self._staging = Staging(device)
+        self._flight: _Flight | None = None
+        self._measured: dict[tuple[bool, tuple[str, ...]], int] = {}
+        self._last_order = time.monotonic()
         self.newest: Path | None = None
-        """The checkpoint that was saved last."""
+        """The newest checkpoint that is known to be published."""
+        self.timing: SaveTiming | None = None
+        """Of the last save that has ended."""
 
     def prepare(self) -> None:
-        """Make the folder and clear what an interrupted save left."""
-        self._as_file_work(_make_checkpoint_folder, self._run)
+        """Make the folder, clear what an interrupted save left, and begin to make room in memory."""
+        self._as_file_work(_make_checkpoint_folder, self._run, self._files)
+        trained = [p for p in self._module.parameters() if p.requires_grad]
+        if self._asynchronous and not self._fits_memory(trained):
+            self._asynchronous = False
+        if self._asynchronous:
+            self._staging.guard(self._optimizer)
+            self._staging.reserve([p for p in trained for _ in range(3)])  # with AdamW's two moments
 
-    def save(self, state: RunState, *, last: bool) -> RunState:
-        """Write and publish one checkpoint, then remove those that it makes superfluous.
+    def load(self, folder: Path) -> None:
+        """Fill module and optimizer from a whole checkpoint.
+
+        Raises:
+            JobError: it lacks tensors or does not fit the model (74).
+        """
+        load_tensors(folder, self._module, self._optimizer, self._group)
+        self.newest = folder
+
+    def flags(self) -> tuple[float, float]:
+        """This rank's part of two sums over the ranks, for the step's own reduction.
+
+        A recovery checkpoint is due (by rank 0's clock alone); and this rank's save in flight is over.
+        """
+        if self._flight is not None:
+            return 0.0, float(self._flight.work.finished)
+        waited = time.monotonic() - self._last_order
+        due = dist.get_rank() == 0 and 0 < self._policy.recovery_seconds <= waited
+        return float(due), 0.0
+
+    def collect(self, finished: float) -> None:
+        """At a step's end: learn how the save in flight went, once it is over on every rank.
+
+        Args:
+            finished: the second flag's sum over the ranks.
+
+        Raises:
+            JobError: it failed, and ``on_save_failure`` is end (73), or the run folder was lost.
+        """
+        if self._flight is not None and finished >= dist.get_world_size():
+            self._land()
+
+    def save(self, state: RunState, purpose: Purpose) -> RunState:
+        """Begin one checkpoint; the last one and that of a stop are waited for.
 
         Args:
             state: where the run stands.
-            last: the run is at its end: the checkpoint holds the export.
+            purpose: decides what it holds, and what follows from a failure.
 
         Returns:
-            The state as it was saved, with the weights' SHA-256 where they were exported; the same on every rank.
+            The state, of an awaited save as it was saved, with the weights' SHA-256 where they were exported.
 
         Raises:
-            JobError: the folder cannot be written (73).
+            JobError: the folder cannot be written (73): this one where it is awaited, else an earlier one.
         """
-        there = self._as_file_work(_whole_state, self._run, state.step)
-        if there is not None and (there.weights_sha256 or not last):
-            # An earlier start got this far and no further.
-            self.newest = self._run.step(state.step)
-            return there
-        # A stop in between saves all that is needed to go on, whatever the kept checkpoints hold.
-        contents = tuple(name for name in ("model", "optimizer") if name in self._contents or not state.kept)
-        exported = last or ("hf_model" in self._contents and state.kept)
-        temporary = temporary_folder(self._run, state.step)
-        self._as_file_work(_make_empty, temporary)
+        began = time.monotonic()
+        if self._flight is not None:
+            if not purpose.awaited and not self._flight.work.finished:
+                self._tell(f"{self._progress(self._flight)}; the next save waits (save less often, or faster disks)")
+            self._land(judge=not purpose.awaited)  # an awaited save decides for itself
+        self._last_order = time.monotonic()
+        kept = purpose in (Purpose.KEPT, Purpose.LAST)
+        # Between the kept ones a checkpoint holds all that is needed to go on, whatever those hold.
+        contents = tuple(name for name in ("model", "optimizer") if name in self._policy.contents or not kept)
+        state = replace(state, kept=kept, contents=contents)
         try:
-            save_tensors(
-                temporary,
-                self._module,
-                self._optimizer,
-                with_model="model" in contents,
-                with_optimizer="optimizer" in contents,
-            )
-            digest = self._exported(temporary) if exported else ""
-            dist.barrier()  # every rank's files are there before they are counted
+            order = self._order(state, purpose)
         except Exception as error:
-            if is_disk_failure(error):
-                raise self._cannot_save(state.step, error) from error
-            raise
-        saved = replace(state, contents=contents, weights_sha256=digest)
-        self.newest = self._as_file_work(self._publish, saved)
-        return saved
+            self._writing.drop()
+            self._judge(purpose, state.step, error)
+            return state
+        if isinstance(order, Saved):
+            self.newest = order.folder
+            return order.state
+        work = Background(lambda: self._carry_out(order))
+        self._flight = _Flight(purpose, order, work, began, time.monotonic() - began)
+        if self._asynchronous and not purpose.awaited:
+            return state
+        saved = self._land()
+        return state if saved is None else saved.state
+
+    def stop(self, state: RunState) -> RunState:
+        """Leave with a checkpoint of this step: the one in flight, the newest one, or one more."""
+        if self._flight is not None:
+            self._land(judge=False)
+        if self.newest is not None and step_of(self.newest) == state.step:
+            return state
+        return self.save(state, Purpose.STOP)
 
     def finish(self, step: int) -> None:
         """Let ``final`` point at the checkpoint of the last step: the run is done."""
         self._as_file_work(self._mark_final, self._run.step(step))
 
-    def _mark_final(self, folder: Path) -> None:
-        mark_final(self._run, folder)
-        self._announce(folder)
+    def close(self) -> None:
+        """Let a save in flight come to its end, for a while; not a collective call."""
+        if self._flight is None or self._flight.work.wait(_CLOSE_SECONDS):
+            self._staging.close()
 
-    def _announce(self, folder: Path) -> None:
+    def _order(self, state: RunState, purpose: Purpose) -> Order | Saved:
+        """What to write, staged; an export is written at once, for it needs the live model and all ranks."""
+        tensors = trained_tensors(
+            self._module,
+            self._optimizer,
+            with_model="model" in state.contents,
+            with_optimizer="optimizer" in state.contents,
+        )
+        exported = purpose is Purpose.LAST or ("hf_model" in self._policy.contents and state.kept)
+        need = bytes_needed(tensors, global_bytes(tensors), dist.get_world_size())
+        if exported:
+            need += global_bytes([p for p in self._module.parameters() if p.requires_grad])
+        need = max(need, self._measured.get((exported, state.contents), 0))
+        if exported:
+            there = self._on_first(already_there, self._run, state.step)
+            if there is not None and there.weights_sha256:
+                return Saved(self._run.step(state.step), there)  # an earlier start got this far and no further
+            self._on_first(begin, self._run, state.step, need, self._files)
+            state = replace(state, weights_sha256=self._exported(temporary_folder(self._run, state.step)))
+        if self._asynchronous:
+            tensors = self._staging.stage(tensors)
+        return Order(state, tensors, need, begun=exported, verify=purpose is not Purpose.STOP)
+
+    def _exported(self, temporary: Path) -> str:
+        self._on_first(self._files.mkdir, temporary / self._export_name)
+
+        def meet() -> None:
+            dist.barrier(group=self._group)
+
+        return on_every_rank(self._export, temporary / self._export_name, meet, group=self._group)[0]
+
+    def _carry_out(self, order: Order) -> Saved:
+        if self._asynchronous:
+            self._staging.wait()
+        return self._writing.carry_out(order)
+
+    def _land(self, *, judge: bool = True) -> Saved | None:
+        """Wait for the save in flight; None where it failed and the run goes on."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return None
+        waited = time.monotonic()
+        step, saved = flight.order.state.step, None
+        try:
+            saved = flight.work.result(lambda _: self._tell(self._progress(flight)))
+        except Exception as error:
+            self._judge(flight.purpose, step, error, may_end=judge)
+        else:
+            self.newest = saved.folder
+            if saved.bytes:
+                self._measured[bool(saved.state.weights_sha256), saved.state.contents] = saved.bytes
+            if saved.note:
+                self._tell(saved.note)
+        finally:
+            self._staging.release()
+            stall = flight.stall + time.monotonic() - waited
+            self.timing = SaveTiming(stall, flight.work.ended - flight.began, saved.bytes if saved else 0)
+        return saved
+
+    def _judge(self, purpose: Purpose, step: int, error: Exception, *, may_end: bool = True) -> None:
+        """What follows from a save that failed: an end, or a warning; the same on every rank."""
+        if isinstance(error, JobError) or not is_disk_failure(error):
+            raise error
+        text = (
+            f"cannot save step {step} in {self._run.checkpoints}: {' '.join(str(error).split())[:200]}\n    fix: free "
+            f"space; the run goes on from {self.newest.name if self.newest else 'its beginning'}"
+        )
+        if purpose.awaited or (may_end and purpose is Purpose.KEPT and self._policy.end_on_failure):
+            raise JobError(ExitCode.CANNOT_CREATE, text) from error
+        self._tell(f"{text} (training goes on, the next save tries again)")
+
+    def _progress(self, flight: _Flight) -> str:
+        seconds = max(1e-3, time.monotonic() - flight.began)
+        done, total = self._writing.bytes_written, local_bytes(flight.order.tensors)
+        return (
+            f"global_step_{flight.order.state.step} is still being written: {done / 2**30:.2f} of {total / 2**30:.2f} "
+            f"GiB on this rank in {seconds:.0f} s, {done / 1e6 / seconds:.0f} MB/s"
+        )
+
+    def _fits_memory(self, trained: list[torch.nn.Parameter]) -> bool:
+        """Whether every node has room for a copy of the state; otherwise saves are synchronous."""
+        need = 3 * local_bytes(trained) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        room = available_memory(Path("/proc/meminfo"), Path("/sys/fs/cgroup"))
+        short = "" if room is None or need <= _MEMORY_SHARE * room else f"{need / 2**30:.1f} of {room / 2**30:.1f} GiB"
+        shorts = [each for each in on_every_rank(lambda: short, group=self._group) if each]
+        if shorts:
+            self._tell(f"trainer.async_save: a copy of the state would take {shorts[0]} of host memory: not used")
+        return not shorts
+
+    def _mark_final(self, folder: Path) -> None:
+        mark_final(self._run, folder, self._files)
         if self._on_published is not None:
             self._on_published(folder)
 
-    def _exported(self, temporary: Path) -> str:
-        self._as_file_work(_make_empty, temporary / self._export_name)
-        box: list[str] = [self._export(temporary / self._export_name)]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+    def _tell(self, text: str) -> None:
+        if self._warn is not None:
+            self._warn(text)
 
-    def _publish(self, state: RunState) -> Path:
-        (temporary_folder(self._run, state.step) / STATE_FILE).write_text(state.to_json(), encoding="utf-8")
-        folder = publish(self._run, state.step)
-        prune(self._run, folder, self._keep)
-        self._announce(folder)
-        return folder
+    def _on_first(self, action: Callable[..., Any], *arguments: object) -> Any:
+        return on_first_rank(action, *arguments, group=self._group)
 
-    def _cannot_save(self, step: int, error: Exception) -> JobError:
-        return JobError(
-            ExitCode.CANNOT_CREATE,
-            f"cannot save step {step} in {self._run.checkpoints}: {' '.join(str(error).split())[:200]}\n    fix: free "
-            f"space; the run goes on from {self.newest.name if self.newest else 'its beginning'}",
-        )
-
-    def _as_file_work(self, action: Callable[..., Result], *arguments: object) -> Result:
+    def _as_file_work(self, action: Callable[..., Any], *arguments: object) -> Any:
         try:
-            return on_first_rank(action, *arguments)
+            return self._on_first(action, *arguments)
         except OSError as error:
             raise JobError(ExitCode.CANNOT_CREATE, f"{self._run.checkpoints}: {error}") from error
 
 
-def _whole_state(run: RunFolder, step: int) -> RunState | None:
-    """The state of a step's checkpoint if there is a whole one."""
-    folder = run.step(step)
-    return state_or_none(folder) if folder.is_dir() and damage(folder) is None else None
-
-
-def _make_checkpoint_folder(run: RunFolder) -> None:
+def _make_checkpoint_folder(run: RunFolder, files: Files) -> None:
     run.checkpoints.mkdir(parents=True, exist_ok=True)
-    clear_leftovers(run)
+    clear_leftovers(run, files)
     probe = run.checkpoints / f".probe_{os.getpid()}"
     probe.write_text("", encoding="utf-8")
     probe.unlink()
-
-
-def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)

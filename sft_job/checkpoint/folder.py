@@ -8,15 +8,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from dataclasses import asdict
+from pathlib import Path, PurePosixPath
 
+from sft_job.checkpoint.files import Content, Files
 from sft_job.checkpoint.state import STATE_FILE, RunState, read_state
 from sft_job.contract import RunFolder, step_of
 
 MANIFEST = "manifest.json"
+INDEX = ".metadata"
+"""DCP's index of the shards: a pickle, so it must stand in the manifest."""
 _SAVING, _PRUNED, _REPLACED = ".saving_", ".pruned_", ".replaced_"
 
 
@@ -27,22 +30,19 @@ def temporary_folder(run: RunFolder, step: int) -> Path:
 
 def fsync_path(path: Path) -> None:
     """Make a file's bytes, or a folder's list of names, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    Files().fsync(path)
 
 
-def write_durably(path: Path, text: str) -> None:
+def write_durably(path: Path, text: str, files: Files | None = None) -> None:
     """Replace a small file at once: temporary name, fsync, rename, fsync of the folder."""
+    files = files or Files()
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    fsync_path(path.parent)
+    if temporary.is_symlink():
+        files.remove(temporary)  # never write through somebody's link
+    with files.writing(temporary) as file:
+        file.write(text.encode("utf-8"))
+    files.rename(temporary, path)
+    files.fsync(path.parent)
 
 
 def file_sha256(path: Path) -> str:
@@ -57,52 +57,105 @@ def files_below(folder: Path) -> list[Path]:
     return sorted(path.relative_to(folder) for path in found if path != folder / MANIFEST)
 
 
-def publish(run: RunFolder, step: int) -> Path:
+def publish(
+    run: RunFolder,
+    step: int,
+    known: Mapping[str, Content] | None = None,
+    confirm: Callable[[], None] | None = None,
+    files: Files | None = None,
+) -> Path:
     """Give a finished temporary folder its name, then let ``latest`` point at it.
 
     Writes the manifest, makes every file durable, renames, and only then moves the pointer: whatever instant the
     process dies at, ``latest`` names a whole checkpoint.
+
+    Args:
+        run: the run folder.
+        step: whose temporary folder it is.
+        known: files that are durable already and whose content is known, by name relative to the folder; the others
+            are read here.
+        confirm: called immediately before the checkpoint gets its name; what it raises leaves all as it was.
+        files: does the file operations.
+
+    Raises:
+        OSError: the disk refused, or a link stands where the folder should be.
     """
+    files = files or Files()
+    known = known or {}
     temporary, folder = temporary_folder(run, step), run.step(step)
-    names = files_below(temporary)
+    refuse_link(folder)
+    names = [name for name in files_below(temporary) if str(name) not in known]
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        entries = dict(zip(map(str, names), pool.map(lambda name: _entry(temporary / name), names), strict=True))
-    write_durably(temporary / MANIFEST, json.dumps({"files": entries}, indent=1))
+        found = pool.map(lambda name: _durable_content(temporary / name, files), names)
+        entries = dict(known) | dict(zip(map(str, names), found, strict=True))
+    text = json.dumps({"files": {name: asdict(entries[name]) for name in sorted(entries)}}, indent=1)
+    write_durably(temporary / MANIFEST, text, files)
     for part in [*(path for path in temporary.rglob("*") if path.is_dir()), temporary]:
-        fsync_path(part)
+        files.fsync(part)
+    if confirm is not None:
+        confirm()
+    replaced = run.checkpoints / f"{_REPLACED}{folder.name}"
     if folder.exists():
         # One that is damaged, or lacks what this one has. Until the new one has its name, the old one can come back.
-        replaced = run.checkpoints / f"{_REPLACED}{folder.name}"
-        shutil.rmtree(replaced, ignore_errors=True)
-        folder.rename(replaced)
-    temporary.rename(folder)
-    fsync_path(run.checkpoints)
-    write_durably(run.latest, folder.name)
-    shutil.rmtree(run.checkpoints / f"{_REPLACED}{folder.name}", ignore_errors=True)
+        files.remove(replaced)
+        files.rename(folder, replaced)
+    files.rename(temporary, folder)
+    files.fsync(run.checkpoints)
+    write_durably(run.latest, folder.name, files)
+    if replaced.exists():
+        files.remove(replaced)
     return folder
 
 
-def _entry(path: Path) -> dict[str, int | str]:
-    fsync_path(path)
-    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+def refuse_link(folder: Path) -> None:
+    """A checkpoint is never written to, read from or removed through a link.
+
+    Raises:
+        OSError: it is one.
+    """
+    if folder.is_symlink():
+        raise FileExistsError(f"{folder} is a link: checkpoints are never saved through links; remove it")
+
+
+def _durable_content(path: Path, files: Files) -> Content:
+    files.fsync(path)
+    return Content(path.stat().st_size, file_sha256(path))
+
+
+def changed_on_disk(folder: Path, known: Mapping[str, Content], files: Files) -> str | None:
+    """Read files back: the first one that is not what was written, and why; None where all are."""
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        for name, found in zip(known, pool.map(lambda name: files.read_back(folder / name), known), strict=True):
+            if found != known[name]:
+                return f"{name}: what the disk gives back is not what was written"
+    return None
 
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint by its manifest: the first bad file and why; None where it is whole."""
+    if folder.is_symlink():
+        return "it is a link"
     try:
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        parsed = {str(name): Content(int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST}: {error}"
-    for name, entry in entries.items():
+    for name in (STATE_FILE, INDEX):
+        # What the manifest does not speak of is not proved by it.
+        if name not in parsed and (folder / name).exists():
+            return f"{name}: not in {MANIFEST}"
+    for name, content in parsed.items():
         path = folder / name
-        if not path.is_file():
-            return f"{name}: missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{name}: {path.stat().st_size} bytes instead of {entry['bytes']}"
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            return f"{MANIFEST}: {name!r} is not inside the checkpoint"
+        if path.is_symlink() or not path.is_file():
+            return f"{name}: {'a link' if path.is_symlink() else 'missing'}"
+        if path.stat().st_size != content.bytes:
+            return f"{name}: {path.stat().st_size} bytes instead of {content.bytes}"
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        sums = pool.map(lambda name: file_sha256(folder / name), entries)
-        for (name, entry), found in zip(entries.items(), sums, strict=True):
-            if found != entry["sha256"]:
+        sums = pool.map(lambda name: file_sha256(folder / name), parsed)
+        for (name, content), found in zip(parsed.items(), sums, strict=True):
+            if found != content.sha256:
                 return f"{name}: its content has changed since it was saved"
     return None
 
@@ -113,6 +166,13 @@ def published(run: RunFolder) -> list[Path]:
         return []
     steps = {step_of(path): path for path in run.checkpoints.iterdir() if path.is_dir() and not path.is_symlink()}
     return [steps[step] for step in sorted(step for step in steps if step is not None)]
+
+
+def linked(run: RunFolder) -> list[Path]:
+    """Links that have a checkpoint's name: they are not looked into."""
+    if not run.checkpoints.is_dir():
+        return []
+    return sorted(path for path in run.checkpoints.iterdir() if step_of(path) is not None and path.is_symlink())
 
 
 def newest_whole(folders: Iterable[Path], needed: frozenset[str] = frozenset()) -> tuple[Path | None, list[str]]:
@@ -136,13 +196,16 @@ def newest_whole(folders: Iterable[Path], needed: frozenset[str] = frozenset()) 
     return None, notes
 
 
-def prune(run: RunFolder, newest: Path, keep: int | None) -> list[Path]:
+def prune(run: RunFolder, newest: Path, keep: int | None, files: Files | None = None) -> list[Path]:
     """Remove what a checkpoint that was just published makes superfluous; what was removed.
 
+    Call it only where ``newest`` was verified: read back, file by file.
+
     Kept are the newest ``keep`` ones (None = all) of those that ``save_freq`` made, and ``newest`` itself. Those made
-    on the way out, at a stop, go, and so do folders of later steps: the run went on from before them because they
+    for recovery or at a stop go, and so do folders of later steps: the run went on from before them because they
     are damaged.
     """
+    files = files or Files()
     step = step_of(newest) or 0
     older = [folder for folder in published(run) if (step_of(folder) or 0) < step]
     surplus = [folder for folder in published(run) if (step_of(folder) or 0) > step]
@@ -155,9 +218,10 @@ def prune(run: RunFolder, newest: Path, keep: int | None) -> list[Path]:
     for folder in surplus:
         # The name goes first: a half-deleted folder must not be found by its number.
         doomed = run.checkpoints / f"{_PRUNED}{folder.name}"
-        shutil.rmtree(doomed, ignore_errors=True)
-        folder.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        if doomed.exists() or doomed.is_symlink():
+            files.remove(doomed)
+        files.rename(folder, doomed)
+        files.remove(doomed)
     return surplus
 
 
@@ -169,26 +233,31 @@ def state_or_none(folder: Path) -> RunState | None:
         return None
 
 
-def clear_leftovers(run: RunFolder) -> None:
-    """Remove what an interrupted save or pruning left: hidden folders of our own names only.
+def clear_leftovers(run: RunFolder, files: Files | None = None) -> None:
+    """Remove what an interrupted save or pruning left: hidden names of our own only.
 
-    A checkpoint that was set aside for one that never came gets its name back.
+    A checkpoint that was set aside for one that never came gets its name back. Of a link only the link goes.
     """
+    files = files or Files()
     if not run.checkpoints.is_dir():
         return
-    ours = [path for path in run.checkpoints.iterdir() if path.is_dir() and not path.is_symlink()]
-    for path in ours:
-        name = path.name.removeprefix(_REPLACED)
-        if path.name.startswith(_REPLACED) and not (run.checkpoints / name).exists():
-            path.rename(run.checkpoints / name)
-        elif path.name.startswith((_SAVING, _PRUNED, _REPLACED)):
-            shutil.rmtree(path, ignore_errors=True)
+    for path in sorted(run.checkpoints.iterdir()):
+        if not path.name.startswith((_SAVING, _PRUNED, _REPLACED)):
+            continue
+        folder = run.checkpoints / path.name.removeprefix(_REPLACED)
+        aside = path.name.startswith(_REPLACED) and path.is_dir() and not path.is_symlink()
+        if aside and not folder.exists() and not folder.is_symlink():
+            files.rename(path, folder)
+        else:
+            files.remove(path)
 
 
-def mark_final(run: RunFolder, folder: Path) -> None:
+def mark_final(run: RunFolder, folder: Path, files: Files | None = None) -> None:
     """Let ``final`` link to the last checkpoint."""
+    files = files or Files()
     temporary = run.checkpoints / ".final.tmp"
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(folder.name)
-    temporary.replace(run.final)
-    fsync_path(run.checkpoints)
+    if temporary.exists() or temporary.is_symlink():
+        files.remove(temporary)
+    files.link(temporary, folder.name)
+    files.rename(temporary, run.final)
+    files.fsync(run.checkpoints)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,20 @@ INDEX = "model.safetensors.index.json"
 FILE_BYTES = 5 * 10**9
 
 
-def whole_tensors(state: dict[str, Tensor], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+def whole_tensors(
+    state: dict[str, Tensor], device: torch.device, meet: Callable[[], None] | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Every tensor whole, in the order of the names (a collective call: every rank must go through all of them).
 
     Args:
         state: shards, on the device or offloaded to host memory.
         device: where the ranks' process groups communicate.
+        meet: waits for all ranks, before each tensor: the rank that writes may be waiting for its disk for longer
+            than a collective may take.
     """
     for name in sorted(state):
+        if meet is not None:
+            meet()
         tensor = state[name].to(device)
         yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -109,12 +115,21 @@ def write_weights(
 
     Returns:
         The weights' SHA-256, '' on ranks that do not write.
+
+    Raises:
+        Exception: a file could not be written; raised when all weights were drawn, so that no other rank waits.
     """
     writer, weights = writer or WeightsWriter(folder), WeightsHash()
+    failure: Exception | None = None
     for name, tensor in tensors:
-        if write:
-            writer.add(name, tensor)
-            weights.add(name, tensor)
+        if write and failure is None:
+            try:
+                writer.add(name, tensor)
+                weights.add(name, tensor)
+            except Exception as error:
+                failure = error
+    if failure is not None:
+        raise failure
     if not write:
         return ""
     writer.close()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from sft_job.checkpoint.folder import newest_whole, published
+from sft_job.checkpoint.folder import linked, newest_whole, published
 from sft_job.checkpoint.remote import download_newest
 from sft_job.checkpoint.state import Changes, RunState, compare_config, read_state
 from sft_job.config.schema import JobConfig
@@ -78,14 +78,15 @@ def find_start(config: JobConfig, run: RunFolder) -> Start:
         if own:
             raise ProblemsError([_problem_disabled(own[-1], run)])
         return Start()
-    notes: list[str] = []
+    notes = [f"{path}: a link, not looked into" for path in linked(run)]
     folder: Path | None = None
     if own:
-        folder, notes = newest_whole(own, _TO_GO_ON)
+        folder, damaged = newest_whole(own, _TO_GO_ON)
+        notes += damaged
         if folder is None:
             raise JobError(ExitCode.NO_CHECKPOINT, "no checkpoint of this run is usable:\n" + "\n".join(notes))
     elif config.trainer.resume_path is not None:
-        path = Path(config.trainer.resume_path)
+        path = Path(config.trainer.resume_path).resolve()
         folder, damaged = newest_whole([path], _TO_GO_ON)
         if folder is None:
             raise JobError(ExitCode.NO_CHECKPOINT, f"trainer.resume_path is not usable: {damaged[0]}")

@@ -58,6 +58,9 @@ SAFE_KEYS = frozenset(
         "trainer.n_gpus_per_node",
         "trainer.max_ckpt_to_keep",
         "trainer.checkpoint.save_contents",
+        "trainer.async_save",
+        "trainer.recovery_minutes",
+        "trainer.on_save_failure",
         "trainer.allow_changed",
         "trainer.timeout_seconds",
         "trainer.deterministic",
@@ -89,7 +92,7 @@ class RunState:
         data: fingerprint of the training rows' content, tokenizer and template.
         model: fingerprint of the model's config.
         config: the settings, flat: full path -> value.
-        kept: made by ``save_freq`` or at the end; otherwise at a stop.
+        kept: made by ``save_freq`` or at the end; otherwise for recovery or at a stop.
         rng: how random numbers come about.
         contents: which tensors the checkpoint holds: model, optimizer.
         weights_sha256: of the trained weights, where they were exported with the checkpoint.

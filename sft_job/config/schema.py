@@ -226,6 +226,13 @@ class TrainerConfig:
     """Kept checkpoints, the newest ones; null = all."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """What a checkpoint holds."""
+    async_save: bool = True
+    """Write checkpoints from a copy in host memory while training goes on; false = training waits for the disk."""
+    recovery_minutes: float = 15
+    """Minutes between recovery checkpoints: one at a time, replaced by the next checkpoint of any kind; 0 = none."""
+    on_save_failure: str = "end"
+    """What follows where a kept checkpoint cannot be written: end (73) or continue (a warning; the next one tries
+    again). A failed recovery checkpoint is always a warning; the last one and that of a stop always end the run."""
     log_freq: int = 1
     """Steps between lines of metrics.jsonl and of the loggers."""
     allow_changed: List[str] = field(default_factory=list[str])

@@ -160,6 +160,8 @@ _RULES: Mapping[str, _Rule] = {
     "trainer.save_freq": _or(-1, _at_least(1)),
     "trainer.test_freq": _or("after_each_epoch", _or(-1, _at_least(1))),
     "trainer.max_ckpt_to_keep": _or(None, _at_least(1)),
+    "trainer.recovery_minutes": _NOT_NEGATIVE,
+    "trainer.on_save_failure": _one_of("end", "continue"),
     "trainer.log_freq": _at_least(1),
     "trainer.timeout_seconds": _at_least(1),
 }

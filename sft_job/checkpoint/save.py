@@ -1,0 +1,209 @@
+"""What one save does to the disk, on whatever thread: shards, verification, publication, retention."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from sft_job.checkpoint.distributed import on_every_rank, on_first_rank, save_tensors
+from sft_job.checkpoint.files import Content, Files
+from sft_job.checkpoint.folder import (
+    changed_on_disk,
+    clear_leftovers,
+    damage,
+    files_below,
+    prune,
+    publish,
+    refuse_link,
+    state_or_none,
+    temporary_folder,
+)
+from sft_job.checkpoint.shards import ShardWriter
+from sft_job.checkpoint.staging import local_bytes, tensors_of
+from sft_job.checkpoint.state import STATE_FILE, RunState
+from sft_job.contract import RunFolder
+
+# What torch puts around each tensor, at the most.
+_HEADER_BYTES = 2048
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to save.
+
+    Attributes:
+        state: where the run stands; as it shall be in state.json.
+        tensors: this rank's part; nobody changes them until the save is over.
+        need: bytes that all ranks will write.
+        begun: the temporary folder is there already, with the export in it.
+        verify: read everything back before it is published, and then remove what it makes superfluous.
+    """
+
+    state: RunState
+    tensors: dict[str, Any]
+    need: int
+    begun: bool
+    verify: bool
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is published.
+
+    Attributes:
+        folder: where.
+        state: as it was saved.
+        bytes: of its files; 0 where it was there before.
+        note: what went wrong beside it; '' = nothing.
+    """
+
+    folder: Path
+    state: RunState
+    bytes: int = 0
+    note: str = ""
+
+
+class Writing:
+    """Carries out orders.
+
+    Args:
+        run: the run folder.
+        group: gloo, with a timeout beyond any disk's patience; nothing else may use it meanwhile.
+        keep: kept checkpoints; None = all.
+        confirm: called on rank 0 immediately before a checkpoint gets its name.
+        announce: takes each checkpoint's folder when it is whole, on rank 0; must return at once.
+        files: does the file operations.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        group: dist.ProcessGroup,
+        keep: int | None,
+        confirm: Callable[[], None] | None,
+        announce: Callable[[Path], None] | None,
+        files: Files,
+    ) -> None:
+        self._run = run
+        self._group = group
+        self._keep = keep
+        self._confirm = confirm
+        self._announce = announce
+        self._files = files
+        self._writer: ShardWriter | None = None
+
+    @property
+    def bytes_written(self) -> int:
+        """By this rank, of the present order."""
+        return 0 if self._writer is None else self._writer.bytes_written
+
+    def carry_out(self, order: Order) -> Saved:
+        """Write and publish (a collective call over the group, on any thread).
+
+        Raises:
+            Exception: the first rank's, on all ranks alike; the temporary folder is gone, older checkpoints are as
+                they were.
+        """
+        try:
+            if not order.begun:
+                there = on_first_rank(self._begin_or_find, order, group=self._group)
+                if there is not None:
+                    return Saved(self._run.step(order.state.step), there)
+            known = self._write(order)
+            return on_first_rank(self._publish, order, known, group=self._group)
+        except Exception:
+            self.drop()
+            raise
+        finally:
+            self._writer = None
+
+    def drop(self) -> None:
+        """Remove what a save that failed has left, on rank 0; every rank has stopped writing."""
+        if dist.get_rank() == 0:
+            with suppress(OSError):
+                clear_leftovers(self._run, self._files)
+
+    def _begin_or_find(self, order: Order) -> RunState | None:
+        there = already_there(self._run, order.state.step)
+        if there is None:
+            begin(self._run, order.state.step, order.need, self._files)
+        return there
+
+    def _write(self, order: Order) -> dict[str, Content]:
+        """Every rank's shards; their content on every rank, verified where that is asked for."""
+        folder = temporary_folder(self._run, order.state.step)
+        local = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        threads = max(1, len(os.sched_getaffinity(0)) // local)
+        self._writer = ShardWriter(folder, local_bytes(order.tensors), threads, self._files)
+        try:
+            mine = save_tensors(order.tensors, self._writer, self._group)
+        except Exception:
+            # torch's writer turns a full disk into an error of its own; the first cause says more.
+            cause = on_every_rank(lambda: self._writer and _shown(self._writer.error), group=self._group)
+            if any(cause):
+                raise OSError(next(filter(None, cause))) from None
+            raise
+        found = on_every_rank(self._checked, folder, mine, order.verify, group=self._group)
+        return {name: content for part in found for name, content in part.items()}
+
+    def _checked(self, folder: Path, mine: dict[str, Content], verify: bool) -> dict[str, Content]:
+        changed = changed_on_disk(folder, mine, self._files) if verify else None
+        if changed is not None:
+            raise OSError(changed)
+        return mine
+
+    def _publish(self, order: Order, known: dict[str, Content]) -> Saved:
+        run, state = self._run, order.state
+        temporary = temporary_folder(run, state.step)
+        with self._files.writing(temporary / STATE_FILE) as file:
+            file.write(state.to_json().encode("utf-8"))
+        folder = publish(run, state.step, known, self._confirm, self._files)
+        note = ""
+        if order.verify:
+            # A save on the way out deletes nothing: it is not read back, for a scheduler will not wait for that.
+            try:
+                prune(run, folder, self._keep, self._files)
+            except OSError as error:
+                note = f"old checkpoints could not be removed: {error}"
+        if self._announce is not None:
+            self._announce(folder)
+        total = sum((folder / name).stat().st_size for name in files_below(folder))
+        return Saved(folder, state, total, note)
+
+
+def _shown(error: Exception | None) -> str:
+    return "" if error is None else str(error)
+
+
+def already_there(run: RunFolder, step: int) -> RunState | None:
+    """The state of a step's checkpoint if there is a whole one."""
+    folder = run.step(step)
+    refuse_link(folder)
+    return state_or_none(folder) if folder.is_dir() and damage(folder) is None else None
+
+
+def begin(run: RunFolder, step: int, need: int, files: Files) -> None:
+    """Make an empty temporary folder, on rank 0.
+
+    Raises:
+        OSError: there is not enough space; nothing was written.
+    """
+    temporary = temporary_folder(run, step)
+    if temporary.exists() or temporary.is_symlink():
+        files.remove(temporary)
+    free = files.free_bytes(run.checkpoints)
+    if need > free:
+        raise OSError(errno.ENOSPC, f"it needs {need / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free")
+    files.mkdir(temporary)
+
+
+def bytes_needed(tensors: dict[str, Any], total: int, ranks: int) -> int:
+    """Bytes on disk of a state of ``total`` bytes, headers included."""
+    return total + len(tensors_of(tensors)) * ranks * _HEADER_BYTES
