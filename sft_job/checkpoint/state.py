@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 
 from sft_job.config.schema import JobConfig
+from sft_job.config.secrets import SecretMask
 
 STATE_FILE = "state.json"
 
@@ -148,8 +150,12 @@ def saved_config(state: RunState) -> JobConfig:
 
 
 def flat_config(config: JobConfig) -> dict[str, Any]:
-    """All settings by their full path, in values that JSON keeps as they are."""
-    return dict(_flatten("", dataclasses.asdict(config)))
+    """All settings by their full path, in values that JSON keeps as they are; secrets of the environment are hidden.
+
+    What this gives is stored, sent to trackers and compared when a run goes on: a new key is no other setting.
+    """
+    mask = SecretMask(os.environ)
+    return {key: mask.tree(value) for key, value in _flatten("", dataclasses.asdict(config))}
 
 
 def _flatten(prefix: str, tree: dict[str, Any]) -> Iterator[tuple[str, Any]]:
