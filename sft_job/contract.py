@@ -43,10 +43,22 @@ class Env:
     MASTER_PORT = "MASTER_PORT"
     REPORT_DIR = "SFT_JOB_REPORT_DIR"
     """Set by the supervisor for its ranks: where a rank leaves the reason of its end."""
+    LOCK = "SFT_JOB_LOCK"
+    """Set by the supervisor for its ranks: its token of the run folder's lock."""
+    DEADLINE = "SFT_JOB_DEADLINE"
+    """Set by the supervisor for its ranks: when the run must be over, by this host's monotonic clock."""
+    STORE_FD = "SFT_JOB_STORE_FD"
+    """Set by the supervisor for rank 0: the open socket on which the ranks meet."""
+    JOB_ID = "SFT_JOB_ID"
+    """Set by launchers: the job's id there, the same when it is queued again."""
+    END_TIME = "SFT_JOB_END_TIME"
+    """Set by launchers: Unix time at which the scheduler will end the job."""
     COMMIT = "SFT_JOB_COMMIT"
     """Set in the image: the commit it was built from, shown by ``--version``."""
 
 
+STACK_SIGNAL = signal.SIGQUIT
+"""Makes a rank write the stacks of its threads to its log, and the supervisor ask all its ranks for them."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 """Each of them asks the job to save and leave; USR1 and USR2 are schedulers' warnings, HUP is a lost terminal."""
 
@@ -92,6 +104,15 @@ class RunFolder:
     @property
     def outcome(self) -> Path:
         return self.logs / "outcome.json"
+
+    @property
+    def starts(self) -> Path:
+        """Starts in a row that came no further; what the breaker counts."""
+        return self.logs / "starts.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.logs / ".lock"
 
     @property
     def data_report(self) -> Path:

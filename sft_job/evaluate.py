@@ -9,12 +9,13 @@ import torch.distributed as dist
 from torch import nn
 
 from sft_job.data.batches import BatchLoader
+from sft_job.pulse import Pulse
 from sft_job.runtime import StopWish, agree
 
 
 @torch.no_grad()
 def validation_loss(
-    module: nn.Module, loader: BatchLoader, batches: int, device: torch.device, stop: StopWish
+    module: nn.Module, loader: BatchLoader, batches: int, device: torch.device, stop: StopWish, pulse: Pulse
 ) -> float | None:
     """Token-weighted mean loss over all rows (a collective call); None where some rank was asked to stop in between.
 
@@ -24,6 +25,7 @@ def validation_loss(
         batches: how many there are.
         device: where the module computes.
         stop: this rank's wish to stop.
+        pulse: this rank's signs of life.
     """
     total = torch.zeros((), device=device, dtype=torch.float64)
     targets = 0
@@ -32,8 +34,9 @@ def validation_loss(
         for batch in steps:
             targets += batch.num_targets
             for micro in batch.micro_batches:
+                pulse.beat()
                 total += module(micro.to(device))
-            if agree(stop.signal != 0, device):
+            if agree(stop.wished, device):
                 targets = 0
                 break
     module.train()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ from sft_job.data.order import FileOrder, RowOrder, StepRows
 from sft_job.data.packing import pack_settings
 from sft_job.data.places import open_places
 from sft_job.data.prepare import prepare
+from sft_job.deadline import REASON as DEADLINE
 from sft_job.errors import JobError
 from sft_job.evaluate import validation_loss
 from sft_job.export import export_live
@@ -48,11 +50,13 @@ from sft_job.model.lora import uses_lora
 from sft_job.model.precision import precision_of
 from sft_job.optimizer import build_optimizer, learning_rate
 from sft_job.parallel.mesh import Mesh, build_mesh
+from sft_job.pulse import FINISHING, LOADING, TRAINING, Pulse
 from sft_job.runtime import Runtime, StopWish, agree
 from sft_job.trainer import Ending, Schedule, Trainer
 
 log = logging.getLogger(__name__)
 _STOP_UPLOAD_SECONDS = 20.0
+_FIRST_SAVE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Job:
         store: a second place for checkpoints, on rank 0 where one is set.
         checkpointer: saves.
         timeout_seconds: how long the other ranks wait for rank 0.
+        pulse: this rank's signs of life.
     """
 
     module: CausalLMLoss
@@ -78,12 +83,14 @@ class Job:
     store: RemoteStore | None
     checkpointer: Checkpointer
     timeout_seconds: int
+    pulse: Pulse
 
     def run(self) -> Ending:
         """Train to the end or to a stop (a collective call)."""
         first, last = self.trainer.state.step, self.trainer.schedule.total_steps
         with contextlib.closing(self.loader.steps(first, last)) as batches:
             ending = self.trainer.run(batches)
+        self.pulse.enter(FINISHING)
         if self.store is not None:
             # A scheduler that asked for a stop will not wait for an upload; the end of a run does.
             self.store.close(_STOP_UPLOAD_SECONDS if ending.stopped else 0.8 * self.timeout_seconds)
@@ -104,13 +111,25 @@ def train(config: JobConfig, runtime: Runtime, stop: StopWish) -> Ending | None:
     Raises:
         JobError: with the exit code of what went wrong.
     """
-    if agree(stop.signal != 0, runtime.device):
-        raise JobError(ExitCode.STOPPED, "stopped before the first step: nothing to save yet")
+    _leave_if_asked(runtime, stop)
+    runtime.pulse.enter(LOADING)
     start: Start = on_first_rank(_find_start, config, run_folder(config))
     if start.finished:
         return None
+    began = time.monotonic()
     with contextlib.closing(build_job(config, runtime, stop, start)) as job:
+        if stop.deadline is not None:
+            # A save moves what was loaded, and reads it once more for its checksums.
+            stop.deadline.expect_save(_FIRST_SAVE_SECONDS + 2 * (time.monotonic() - began))
+        _leave_if_asked(runtime, stop)
+        runtime.pulse.enter(TRAINING)
         return job.run()
+
+
+def _leave_if_asked(runtime: Runtime, stop: StopWish) -> None:
+    if agree(stop.wished, runtime.device):
+        why = f"{DEADLINE}: it came" if stop.deadline is not None and not stop.signal else "stopped"
+        raise JobError(ExitCode.STOPPED, f"{why} before a new step: nothing to save")
 
 
 def _find_start(config: JobConfig, run: RunFolder) -> Start:
@@ -193,7 +212,17 @@ def build_job(config: JobConfig, runtime: Runtime, stop: StopWish, start: Start,
         stop,
     )
     loader = _loader(config, rows, order, mesh)
-    return Job(module, optimizer, trainer, loader, loggers, store, checkpointer, config.trainer.timeout_seconds)
+    return Job(
+        module,
+        optimizer,
+        trainer,
+        loader,
+        loggers,
+        store,
+        checkpointer,
+        config.trainer.timeout_seconds,
+        runtime.pulse,
+    )
 
 
 def make_schedule(config: JobConfig, steps_per_epoch: int) -> Schedule:
@@ -303,7 +332,7 @@ def _evaluator(
         return None
     order = FileOrder(rows.num_rows, config.data.train_batch_size)
     loader = _loader(config, rows, order, mesh)
-    return lambda: validation_loss(module, loader, order.steps_per_epoch, runtime.device, stop)
+    return lambda: validation_loss(module, loader, order.steps_per_epoch, runtime.device, stop, runtime.pulse)
 
 
 def _device_peak(runtime: Runtime, dtype: torch.dtype) -> float | None:

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 
 from sft_job.config.load import load_resolved, run_folder
-from sft_job.contract import Env, ExitCode
+from sft_job.contract import STACK_SIGNAL, STOP_SIGNALS, Env, ExitCode
 from sft_job.data.cache import TokenCache
 from sft_job.data.places import write_places
 from sft_job.data.prepare import prepare, write_report
@@ -57,7 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prepare one run; the exit code of what happened, its message in the report folder."""
     logging.basicConfig(level=logging.WARNING)
     # As an exception the signal unwinds the building, which then removes its unfinished folder.
-    signal.signal(signal.SIGTERM, _leave)
+    for number in STOP_SIGNALS:
+        signal.signal(number, _leave)
+    # The supervisor started this process with them blocked, so that one that came early waited until here.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (*STOP_SIGNALS, STACK_SIGNAL))
     reports = Path(os.environ[Env.REPORT_DIR])
     (resolved,) = sys.argv[1:] if arguments is None else arguments
     try:

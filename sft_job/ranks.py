@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,12 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sft_job import processes
 from sft_job.config.topology import Topology
-from sft_job.contract import STOP_SIGNALS, Env, ExitCode, RunFolder
+from sft_job.contract import STACK_SIGNAL, STOP_SIGNALS, Env, ExitCode, RunFolder
+from sft_job.errors import JobError
+from sft_job.pulse import pulse_file, read_beat
+from sft_job.watchdog import Seen
 
-LOST_GRACE_SECONDS = 20.0
-"""How long the other ranks may take to notice that one is gone before they are killed."""
 POLL_SECONDS = 0.1
+_LAST_LINES = 15
+_LAST_BYTES = 16384
+_LINE_LENGTH = 300
+_PENDING_CONNECTIONS = 4096
 
 
 @dataclass(frozen=True)
@@ -32,25 +39,46 @@ class RankEnd:
         code: exit code by section of the contract; LOST where a signal killed it.
         message: what it said, or which signal it was.
         report: what it left for the outcome (step, loss, weights).
+        stuck: the supervisor ended it, because it held up the others.
+        last_lines: of its log, where it died without a word.
     """
 
     rank: int
     code: ExitCode
     message: str
     report: Mapping[str, Any]
+    stuck: bool = False
+    last_lines: tuple[str, ...] = ()
 
 
-def free_port() -> int:
-    """A TCP port on this host that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+def listen(topology: Topology) -> socket.socket:
+    """The socket on which the ranks meet, open before they start: nobody else can take its port in between.
+
+    On one node it is on the loopback interface, at a free port unless MASTER_PORT names one.
+
+    Raises:
+        JobError: the port that was named is taken (137: whoever holds it may be gone the next time).
+    """
+    port = topology.master_port or 0
+    try:
+        if topology.nnodes == 1:
+            return socket.create_server(("127.0.0.1", port), backlog=_PENDING_CONNECTIONS)
+        if socket.has_dualstack_ipv6():
+            family = socket.AF_INET6
+            return socket.create_server(("", port), family=family, dualstack_ipv6=True, backlog=_PENDING_CONNECTIONS)
+        return socket.create_server(("", port), backlog=_PENDING_CONNECTIONS)
+    except OSError as error:
+        raise JobError(
+            ExitCode.LOST,
+            f"{Env.MASTER_PORT} = {port}: the ranks cannot meet there: {error.strerror or error}\n    fix: another "
+            f"{Env.MASTER_PORT}, the same on every node" + (", or none on one node" if topology.nnodes == 1 else ""),
+        ) from error
 
 
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Start children with the stop signals blocked: one that comes early waits until the child listens."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    """Start children with our signals blocked: one that comes early waits until the child listens."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*STOP_SIGNALS, STACK_SIGNAL))
     try:
         yield
     finally:
@@ -66,43 +94,66 @@ class RankGroup:
         run: their logs go to its folder.
         reports: folder in which each leaves its end.
         environ: environment they start from.
+
+    Raises:
+        JobError: MASTER_PORT is taken on this host (137).
     """
 
     def __init__(
         self, command: Sequence[str], topology: Topology, run: RunFolder, reports: Path, environ: Mapping[str, str]
     ) -> None:
         self._reports = reports
+        self._run = run
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._asked_to_stop = False
-        address = topology.master_addr or "127.0.0.1"
-        port = topology.master_port or free_port()
+        self._stuck: dict[int, str] = {}
+        self._memory_kills = processes.memory_kills()
         first = topology.node_rank * topology.nproc_per_node
+        self._log_starts = {rank: self._log_size(rank) for rank in range(first, first + topology.nproc_per_node)}
+        self._asked_sizes: dict[int, int] = {}
         threads = max(1, len(os.sched_getaffinity(0)) // topology.nproc_per_node)
-        for local in range(topology.nproc_per_node):
-            rank = first + local
-            variables = {
-                **environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(local),
-                "WORLD_SIZE": str(topology.world),
-                "LOCAL_WORLD_SIZE": str(topology.nproc_per_node),
-                "MASTER_ADDR": address,
-                "MASTER_PORT": str(port),
-                Env.REPORT_DIR: str(reports),
-                "PYTHONUNBUFFERED": "1",
-            }
-            variables.setdefault("OMP_NUM_THREADS", str(threads))
-            with run.rank_log(rank).open("ab") as log, signals_blocked():
-                self._processes[rank] = subprocess.Popen(
-                    command,
-                    env=variables,
-                    stdin=subprocess.DEVNULL,
-                    # Rank 0's standard output is the user's progress line; everything else is the rank's log.
-                    stdout=None if rank == 0 else log,
-                    stderr=log,
-                    # A session of its own: a Ctrl-C reaches the supervisor alone, which passes on one wish to stop.
-                    start_new_session=True,
-                )
+        shared = {
+            "WORLD_SIZE": str(topology.world),
+            "LOCAL_WORLD_SIZE": str(topology.nproc_per_node),
+            "MASTER_ADDR": topology.master_addr if topology.nnodes > 1 else "127.0.0.1",
+            "MASTER_PORT": str(topology.master_port),
+            Env.REPORT_DIR: str(reports),
+            "PYTHONUNBUFFERED": "1",
+            "OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS", str(threads)),
+        }
+        with contextlib.ExitStack() as opened:
+            store: socket.socket | None = None
+            if topology.node_rank == 0:
+                store = opened.enter_context(listen(topology))
+                shared["MASTER_PORT"] = str(store.getsockname()[1])
+            for local in range(topology.nproc_per_node):
+                rank = first + local
+                own = {"RANK": str(rank), "LOCAL_RANK": str(local)}
+                given = [store.fileno()] if store is not None and rank == 0 else []
+                if given:
+                    own[Env.STORE_FD] = str(given[0])
+                self._processes[rank] = self._start(command, rank, {**environ, **shared, **own}, given)
+
+    def _start(
+        self, command: Sequence[str], rank: int, environ: Mapping[str, str], given: Sequence[int]
+    ) -> subprocess.Popen[bytes]:
+        with self._run.rank_log(rank).open("ab") as log, signals_blocked():
+            return subprocess.Popen(
+                command,
+                env=environ,
+                stdin=subprocess.DEVNULL,
+                # Rank 0's standard output is the user's progress line; everything else is the rank's log.
+                stdout=None if rank == 0 else log,
+                stderr=log,
+                # A session of its own: a Ctrl-C reaches the supervisor alone, which passes on one wish to stop.
+                start_new_session=True,
+                pass_fds=given,
+            )
+
+    @property
+    def pids(self) -> set[int]:
+        """Process ids of the ranks."""
+        return {process.pid for process in self._processes.values()}
 
     def ask_to_stop(self) -> bool:
         """Pass the wish to stop on: the ranks agree on a step, save and leave. True the first time."""
@@ -112,22 +163,70 @@ class RankGroup:
         self._signal(signal.SIGTERM)
         return True
 
+    def ask_for_stacks(self) -> None:
+        """Let each living rank write the stacks of all its threads to its log; it goes on with what it does."""
+        self._asked_sizes = {rank: self._log_size(rank) for rank in self._living()}
+        self._signal(STACK_SIGNAL)
+
+    def seen(self) -> dict[int, Seen]:
+        """The living ranks, as they look from here."""
+        return {
+            rank: Seen(read_beat(pulse_file(self._reports, rank)), processes.bytes_moved(process.pid))
+            for rank, process in self._living().items()
+        }
+
     def kill(self) -> None:
-        """End what is still there."""
+        """End what is still there, and what it shared in memory."""
+        living = self._living()
+        shared = [path for process in living.values() for path in processes.shared_memory(process.pid)]
         self._signal(signal.SIGKILL)
         for process in self._processes.values():
             process.wait()
+        for path in shared:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+    def kill_stuck(self, seconds: float) -> None:
+        """End ranks that have not moved for so long; say of the likely culprits what is known, here and in their logs.
+
+        Culprits are those that are stopped or did not answer the request for their stacks, else those with the fewest
+        signs of life.
+        """
+        living = self._living()
+        beats = {rank: read_beat(pulse_file(self._reports, rank)) for rank in living}
+        notes: dict[int, str] = {}
+        for rank, process in living.items():
+            if processes.state(process.pid) in ("T", "t"):
+                notes[rank] = "; its process is stopped (SIGSTOP), so that it cannot show its stack"
+            elif self._asked_sizes.get(rank) == self._log_size(rank):
+                notes[rank] = "; it did not answer the request for its stack"
+        fewest = min((beat.count for beat in beats.values()), default=0)
+        culprits = set(notes) or {rank for rank, beat in beats.items() if beat.count == fewest}
+        for rank in living:
+            beat = beats[rank]
+            self._stuck[rank] = ""
+            if rank in culprits:
+                text = f"rank {rank} made no progress for {seconds:.0f} s while {beat.phase}, after step {beat.step}"
+                self._stuck[rank] = f"{text}{notes.get(rank, '')}; stacks: {self._run.logs}/rank_*.log"
+                self._note(rank, f"{text}{notes.get(rank, '')}; the supervisor ends it")
+        self.kill()
+
+    def _note(self, rank: int, text: str) -> None:
+        with contextlib.suppress(OSError), self._run.rank_log(rank).open("a", encoding="utf-8") as log:
+            log.write(f"supervisor: {text}\n")
+
+    def _living(self) -> dict[int, subprocess.Popen[bytes]]:
+        return {rank: process for rank, process in self._processes.items() if process.poll() is None}
 
     def _signal(self, number: signal.Signals) -> None:
-        for process in self._processes.values():
-            if process.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    process.send_signal(number)
+        for process in self._living().values():
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(number)
 
     def step(self) -> bool:
         """Wait a moment; True when all ranks have ended."""
         time.sleep(POLL_SECONDS)
-        return all(process.poll() is not None for process in self._processes.values())
+        return not self._living()
 
     def one_failed(self) -> bool:
         """Some rank ended in a way that the others cannot go on without."""
@@ -143,24 +242,73 @@ class RankGroup:
         with contextlib.suppress(OSError, ValueError):
             report = json.loads((self._reports / f"rank_{rank}.json").read_text(encoding="utf-8"))
         if returned < 0:
-            name = signal.Signals(-returned).name
-            return RankEnd(rank, ExitCode.LOST, f"rank {rank} was killed by {name}", report)
+            return self._killed(rank, -returned, report)
         try:
             code = ExitCode(returned)
         except ValueError:
-            return RankEnd(rank, ExitCode.BUG, f"rank {rank} ended with exit code {returned}", report)
-        return RankEnd(rank, code, str(report.get("message", "")), report)
+            message = f"rank {rank} ended with exit code {returned}"
+            return RankEnd(rank, ExitCode.BUG, message, report, last_lines=self._last_lines(rank))
+        lines = () if report else self._last_lines(rank)
+        return RankEnd(rank, code, str(report.get("message", "")), report, last_lines=lines)
+
+    def _killed(self, rank: int, number: int, report: Mapping[str, Any]) -> RankEnd:
+        if rank in self._stuck and number == signal.SIGKILL:
+            message = self._stuck[rank]
+            gone_with_others = report or {"message": "ended with the others"}
+            return RankEnd(rank, ExitCode.LOST, message, {} if message else gone_with_others, stuck=bool(message))
+        message = f"rank {rank} was killed by {_signal_name(number)}"
+        if number == signal.SIGKILL:
+            message += self._why_killed()
+        return RankEnd(rank, ExitCode.LOST, message, report, last_lines=self._last_lines(rank))
+
+    def _why_killed(self) -> str:
+        now = processes.memory_kills()
+        if now is not None and self._memory_kills is not None and now > self._memory_kills:
+            return ": out of host memory, the kernel ended it (oom_kill in this container's memory events has grown)"
+        return "; where nobody sent it, the host may have run out of memory"
+
+    def _log_size(self, rank: int) -> int:
+        try:
+            return self._run.rank_log(rank).stat().st_size
+        except OSError:
+            return 0
+
+    def _last_lines(self, rank: int) -> tuple[str, ...]:
+        return last_lines(self._run.rank_log(rank), self._log_starts[rank])
+
+
+def last_lines(log: Path, start: int) -> tuple[str, ...]:
+    """The last lines of a log from byte ``start`` on, without control characters; none where it cannot be read."""
+    try:
+        with log.open("rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(start, end - _LAST_BYTES))
+            text = file.read(_LAST_BYTES).decode("utf-8", errors="replace")
+    except OSError:
+        return ()
+    plain = (re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line).replace("\t", "  ") for line in re.split(r"[\r\n]+", text))
+    printable = ("".join(each for each in line if each.isprintable())[:_LINE_LENGTH] for line in plain)
+    return tuple(line for line in printable if line.strip())[-_LAST_LINES:]
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
 
 
 def verdict(ends: Sequence[RankEnd]) -> RankEnd:
-    """The one end that explains the others: a stated cause, else a killed rank, else a bug, a loss, a stop, done."""
+    """The one end that explains the others: a stated cause, else a killed rank, a bug, a stuck rank, a loss, a stop."""
 
     def weight(end: RankEnd) -> int:
         if end.code in (ExitCode.DONE, ExitCode.STOPPED):
             return 1 if end.code == ExitCode.STOPPED else 0
+        if end.stuck:
+            return 3
         if end.code == ExitCode.LOST:
-            return 2 if end.report else 4  # without a report it was killed: the others only noticed
-        return 3 if end.code == ExitCode.BUG else 5
+            return 2 if end.report else 5  # without a report it was killed: the others only noticed
+        return 4 if end.code == ExitCode.BUG else 6
 
     return max(ends, key=weight)
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
+import time
 import zlib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from datetime import timedelta
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 
-from sft_job.contract import STOP_SIGNALS
+from sft_job.contract import STOP_SIGNALS, Env
+from sft_job.deadline import Deadline
+from sft_job.pulse import Pulse
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class Runtime:
     local_rank: int
     world: int
     device: torch.device
+    pulse: Pulse = field(default_factory=Pulse)
 
     @property
     def is_first(self) -> bool:
@@ -31,7 +37,7 @@ class Runtime:
         return self.rank == 0
 
 
-def start_runtime(timeout_seconds: int, deterministic: bool = False) -> Runtime:
+def start_runtime(timeout_seconds: int, deterministic: bool = False, pulse: Pulse | None = None) -> Runtime:
     """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* describe; alone without them.
 
     CUDA where there is one device a rank, gloo ranks on the CPU otherwise. A collective that takes longer than
@@ -51,12 +57,24 @@ def start_runtime(timeout_seconds: int, deterministic: bool = False) -> Runtime:
     if deterministic and device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    dist.init_process_group(
-        backend,
-        timeout=timedelta(seconds=timeout_seconds),
-        device_id=device if device.type == "cuda" else None,
-    )
-    return Runtime(dist.get_rank(), local_rank, dist.get_world_size(), device)
+    timeout = timedelta(seconds=timeout_seconds)
+    device_id = device if device.type == "cuda" else None
+    if Env.REPORT_DIR in os.environ:
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store = _supervisors_store(world, timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=device_id)
+    else:
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+    return Runtime(dist.get_rank(), local_rank, dist.get_world_size(), device, pulse or Pulse())
+
+
+def _supervisors_store(world: int, timeout: timedelta) -> dist.Store:
+    """Where the ranks meet: on the socket that the supervisor opened, and handed to rank 0."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    given = os.environ.get(Env.STORE_FD)
+    if given is None:
+        return dist.TCPStore(address, port, world, is_master=False, timeout=timeout)
+    return dist.TCPStore(address, port, world, is_master=True, timeout=timeout, master_listen_fd=int(given))
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -89,9 +107,33 @@ def peak_memory(device: torch.device) -> int | None:
 
 @dataclass
 class StopWish:
-    """Whether somebody asked this rank to stop; signals only set it, the loop acts at the next step's end."""
+    """Whether somebody asked this rank to stop; signals only set it, the loop acts at the next step's end.
+
+    Attributes:
+        signal: the first stop signal; 0 = none.
+        deadline: on rank 0, where there is one: it asks too.
+    """
 
     signal: int = 0
+    deadline: Deadline | None = None
+
+    @property
+    def wished(self) -> bool:
+        """It is time to stop, by a signal or the deadline."""
+        return self.signal != 0 or (self.deadline is not None and self.deadline.reached)
+
+    @contextlib.contextmanager
+    def timing_save(self) -> Iterator[None]:
+        """What runs inside is a save: the deadline learns how long one takes."""
+        began = time.monotonic()
+        yield
+        if self.deadline is not None:
+            self.deadline.save_took(time.monotonic() - began)
+
+    def step_took(self, seconds: float) -> None:
+        """A step is done: the deadline learns how long one takes."""
+        if self.deadline is not None:
+            self.deadline.step_took(seconds)
 
     def install(self) -> StopWish:
         """Listen to the stop signals; a second one changes nothing.

@@ -17,28 +17,35 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
-import filelock
 from rich.console import Console
 
 from sft_job import __version__
-from sft_job.checkpoint.folder import published, state_or_none, write_durably
+from sft_job.checkpoint.folder import write_durably
 from sft_job.checkpoint.remote_folder import url_problem
 from sft_job.checkpoint.start import START_FILE, Start, fetch_remote, find_start
-from sft_job.checkpoint.state import RunState
 from sft_job.config.load import Loaded, dump_config, origins_text, run_folder
 from sft_job.config.resolve import Resolution, resolve
+from sft_job.config.schema import JobConfig
 from sft_job.config.topology import Topology, count_gpus
-from sft_job.contract import STOP_SIGNALS, Env, ExitCode, RunFolder
+from sft_job.contract import Env, ExitCode, RunFolder
 from sft_job.data.files import check_data
+from sft_job.deadline import REASON as DEADLINE
 from sft_job.errors import JobError, Problem, raise_problems
-from sft_job.ranks import LOST_GRACE_SECONDS, POLL_SECONDS, RankEnd, RankGroup, rank_command, verdict
-from sft_job.version import commit
+from sft_job.lock import STILL_SECONDS, RunLock, lost_lock, this_process
+from sft_job.outcome import last_outcome, newest_state, restarts_so_far, result_folder, write_outcome
+from sft_job.oversight import Listener, oversee
+from sft_job.processes import adopt_orphans, children, end_orphans, reap
+from sft_job.ranks import POLL_SECONDS, RankEnd, RankGroup, rank_command, signals_blocked
+from sft_job.starts import begin_start
+from sft_job.watchdog import Watchdog
 
-_STOPPED_EARLY = RankEnd(0, ExitCode.STOPPED, "stopped before the first step: nothing to save yet", {})
-RUNNING = "running"
+_NOTHING_TO_SAVE = "stopped before a new step: nothing to save"
+_STOPPED_EARLY = RankEnd(0, ExitCode.STOPPED, _NOTHING_TO_SAVE, {})
+_TOO_LATE = RankEnd(0, ExitCode.STOPPED, f"{DEADLINE}: it came before a new step: nothing to save", {})
+_ORPHAN_SECONDS = 5.0
+_PREPARE_SECONDS = 10.0
+_LATE_SIGNAL_SECONDS = 0.5
 
 
 class Supervisor:
@@ -47,19 +54,24 @@ class Supervisor:
     Args:
         console: where the user reads; problems go to standard error.
         environ: environment of the process.
+        still_seconds: how long another holder of the run folder must give no sign of life to be taken over from.
     """
 
-    def __init__(self, console: Console, environ: Mapping[str, str]) -> None:
+    def __init__(self, console: Console, environ: Mapping[str, str], still_seconds: float = STILL_SECONDS) -> None:
         self._console = console
         self._environ = environ
-        self._stop_signal = 0
+        self._still_seconds = still_seconds
+        self._listener = Listener()
+        self._began = time.monotonic()
 
     def train(self, config_arg: str | None, overrides: Sequence[str]) -> int:
         """Run the job; its exit code. Never raises for what a user or a rank did."""
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._note_signal)
+        self._listener.install()
+        adopt_orphans()
+        before = children()
         try:
             resolution = checked(config_arg, overrides, self._environ)
+            deadline = deadline_of(resolution.loaded.config, self._environ, self._began)
             run = run_folder(resolution.loaded.config)
             if resolution.topology.node_rank == 0:
                 fetch_remote(resolution.loaded.config, run, self._show)
@@ -68,41 +80,74 @@ class Supervisor:
             if start.finished:
                 return ExitCode.DONE
             _make_logs(run)
-            with held(run, resolution.topology):
-                return self._run(resolution, run, start)
+            with self._held(run, resolution.topology) as lock:
+                if lock is not None and lock.waited:
+                    start = find_start(resolution.loaded.config, run)  # the other holder may have saved since
+                    if start.finished:
+                        self._show(f"already done: {run.final.resolve()}")
+                        return ExitCode.DONE
+                try:
+                    return self._run(resolution, run, start, deadline, lock)
+                finally:
+                    end_orphans(before, _ORPHAN_SECONDS)
         except JobError as error:
             sys.stderr.write(f"{error}\n")
             return error.code
 
-    def _run(self, resolution: Resolution, run: RunFolder, start: Start) -> int:
-        first = resolution.topology.node_rank == 0
-        restarts = restarts_so_far(run, start)
+    @contextlib.contextmanager
+    def _held(self, run: RunFolder, topology: Topology) -> Iterator[RunLock | None]:
+        """Hold the run folder while the job runs; the first node does."""
+        if topology.node_rank > 0:
+            yield None
+            return
+        lock = RunLock(run, this_process(self._environ), still_seconds=self._still_seconds)
+        lock.acquire(stopped=self._listener.stopped, tell=self._show)
+        try:
+            yield lock
+        finally:
+            lock.release()
+
+    def _run(
+        self, resolution: Resolution, run: RunFolder, start: Start, deadline: float | None, lock: RunLock | None
+    ) -> int:
+        last = last_outcome(run)
+        restarts = restarts_so_far(last, start)
+        omitted = int(last.get("restarts_omitted", 0)) if last else 0
         with tempfile.TemporaryDirectory(prefix="sft_job_") as reports:
             folder = Path(reports)
             resolved = folder / "config.yaml"
             resolved.write_text(dump_config(resolution.loaded), encoding="utf-8")
             (folder / START_FILE).write_text(str(start.checkpoint or ""), encoding="utf-8")
+            starts = begin_start(run, start.step, last)
             try:
-                if first:
+                if lock is not None:
                     shutil.copyfile(resolved, run.config)
-                    write_outcome(run, None, restarts, self._environ)
+                    write_durably(run.starts, starts.to_json())
+                    write_outcome(run, None, restarts, omitted, self._environ)
             except OSError as error:
                 raise JobError(ExitCode.CANNOT_CREATE, f"{run.logs} cannot be written: {error}") from error
-            end = self._prepare(resolved, run, folder) or self._run_ranks(resolution, run, resolved, folder)
-        if first:
             try:
-                write_outcome(run, end, restarts, self._environ)
+                if lock is not None:
+                    starts.refuse(resolution.loaded.config.trainer.max_starts_without_progress, run)
+                end = self._prepare(resolved, run, folder, deadline, lock)
+                end = end or self._run_ranks(resolution, run, resolved, folder, deadline, lock)
+            except JobError as error:
+                end = RankEnd(0, error.code, str(error), {})
+        if lock is not None:
+            if lock.lost_to:
+                raise lost_lock(run, lock.lost_to)
+            try:
+                write_outcome(run, end, restarts, omitted, self._environ)
             except OSError as error:
                 sys.stderr.write(f"{run.outcome} cannot be written: {error}\n")
         self._tell_end(end, run)
         return end.code
 
-    def _note_signal(self, number: int, frame: FrameType | None) -> None:
-        self._stop_signal = self._stop_signal or number
-
-    def _prepare(self, resolved: Path, run: RunFolder, reports: Path) -> RankEnd | None:
+    def _prepare(
+        self, resolved: Path, run: RunFolder, reports: Path, deadline: float | None, lock: RunLock | None
+    ) -> RankEnd | None:
         """Tokenise before any rank starts; None where all is well."""
-        with (run.logs / "prepare.log").open("ab") as log:
+        with (run.logs / "prepare.log").open("ab") as log, signals_blocked():
             process = subprocess.Popen(
                 [sys.executable, "-m", "sft_job.prepare", str(resolved)],
                 env={**self._environ, Env.REPORT_DIR: str(reports)},
@@ -111,14 +156,18 @@ class Supervisor:
                 start_new_session=True,
             )
         while process.poll() is None:
-            if self._stop_signal:
-                # It may be tokenising in many processes: its whole session ends.
-                os.killpg(process.pid, signal.SIGTERM)
-                process.wait()
-                return _STOPPED_EARLY
+            late = deadline is not None and time.monotonic() >= deadline
+            if self._listener.stopped() or late or (lock is not None and lock.lost_to):
+                _end_session(process)
+                return _TOO_LATE if late else _STOPPED_EARLY
+            reap({process.pid})
             time.sleep(POLL_SECONDS)
         if process.returncode == 0:
             return None
+        if not self._listener.stopped():
+            time.sleep(_LATE_SIGNAL_SECONDS)  # a scheduler signals every process, and this one may be the last
+        if self._listener.stopped() or process.returncode == ExitCode.STOPPED:
+            return _STOPPED_EARLY
         try:
             report = json.loads((reports / "prepare.json").read_text(encoding="utf-8"))
             return RankEnd(0, ExitCode(report["code"]), report["message"], {})
@@ -126,20 +175,25 @@ class Supervisor:
             message = f"tokenising ended with code {process.returncode} and without a word"
             return RankEnd(0, ExitCode.LOST if process.returncode < 0 else ExitCode.BUG, message, {})
 
-    def _run_ranks(self, resolution: Resolution, run: RunFolder, resolved: Path, reports: Path) -> RankEnd:
-        if self._stop_signal:
+    def _run_ranks(
+        self,
+        resolution: Resolution,
+        run: RunFolder,
+        resolved: Path,
+        reports: Path,
+        deadline: float | None,
+        lock: RunLock | None,
+    ) -> RankEnd:
+        if self._listener.stopped():
             return _STOPPED_EARLY
-        ranks = RankGroup(rank_command(resolved), resolution.topology, run, reports, self._environ)
-        deadline: float | None = None
-        while not ranks.step():
-            if self._stop_signal and ranks.ask_to_stop():
-                name = signal.Signals(self._stop_signal).name
-                self._show(f"{name}: the ranks finish their step, save and leave")
-            if deadline is None and ranks.one_failed():
-                deadline = time.monotonic() + LOST_GRACE_SECONDS
-            if deadline is not None and time.monotonic() > deadline:
-                ranks.kill()
-        return verdict(ranks.ends())
+        environ = dict(self._environ)
+        if lock is not None:
+            environ[Env.LOCK] = lock.token
+        if deadline is not None:
+            environ[Env.DEADLINE] = repr(deadline)
+        ranks = RankGroup(rank_command(resolved), resolution.topology, run, reports, environ)
+        watchdog = Watchdog(resolution.loaded.config.trainer.timeout_seconds, time.monotonic())
+        return oversee(ranks, watchdog, self._listener, lambda: lock is not None and bool(lock.lost_to), self._show)
 
     def _show(self, text: str) -> None:
         try:
@@ -167,44 +221,41 @@ class Supervisor:
             saved = newest_state(run)
             place = saved[0].name if saved else "the start"
             message = f"{end.message or 'stopped'}; run it again to go on from {place}"
+        if end.last_lines:
+            lines = "".join(f"\n      {line}" for line in end.last_lines)
+            message += f"\n    last lines of {run.rank_log(end.rank).name}:{lines}"
         sys.stderr.write(f"{message}\n    exit code {int(end.code)} ({end.code.reason}); logs: {run.logs}\n")
 
 
-def result_folder(run: RunFolder) -> Path:
-    """Where a finished run's result lies: ``huggingface``, or ``adapter`` of a LoRA run."""
-    found = [path for name in ("huggingface", "adapter") if (path := run.final / name).is_dir()]
-    return found[0] if found else run.final
+def _end_session(process: subprocess.Popen[bytes]) -> None:
+    """End a process and what it started; it may be tokenising in many processes."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_PREPARE_SECONDS)
+            return
 
 
-def newest_state(run: RunFolder) -> tuple[Path, RunState] | None:
-    """The newest checkpoint whose state can be read."""
-    for folder in reversed(published(run)):
-        state = state_or_none(folder)
-        if state is not None:
-            return folder, state
-    return None
+def deadline_of(config: JobConfig, environ: Mapping[str, str], began: float) -> float | None:
+    """When the run must be over, by this host's monotonic clock; None = never.
 
-
-@contextlib.contextmanager
-def held(run: RunFolder, topology: Topology) -> Iterator[None]:
-    """Hold the run folder while the job runs; the first node does.
+    The earlier of ``trainer.max_wall_seconds`` after ``began`` and the launcher's ``SFT_JOB_END_TIME``.
 
     Raises:
-        JobError: another run holds it (73).
+        ProblemsError: ``SFT_JOB_END_TIME`` is no number (2).
     """
-    if topology.node_rank > 0:
-        yield
-        return
-    lock = filelock.FileLock(run.logs / ".lock", blocking=False)
-    try:
-        with lock:
-            yield
-    except filelock.Timeout as error:
-        raise JobError(
-            ExitCode.CANNOT_CREATE,
-            f"the run folder {run.root} is held by another run on this machine\n    fix: wait for it, stop it, or use "
-            f"another {Env.CHECKPOINT_DIR}",
-        ) from error
+    ends: list[float] = []
+    if config.trainer.max_wall_seconds is not None:
+        ends.append(began + config.trainer.max_wall_seconds)
+    text = environ.get(Env.END_TIME, "").strip()
+    if text:
+        try:
+            ends.append(time.monotonic() + float(text) - time.time())
+        except ValueError:
+            rule, fix = "must be a Unix time in seconds", f"correct {Env.END_TIME} or unset it"
+            raise_problems([Problem(ExitCode.CONFIG, Env.END_TIME, rule, fix, text, origin="environment")])
+    return min(ends, default=None)
 
 
 def checked(config_arg: str | None, overrides: Sequence[str], environ: Mapping[str, str]) -> Resolution:
@@ -241,41 +292,3 @@ def input_problems(loaded: Loaded) -> list[Problem]:
     if url is not None and (problem := url_problem(url)):
         problems.append(problem)
     return [p if p.origin else replace(p, origin=loaded.origin(p.subject.partition(":")[0])) for p in problems]
-
-
-def restarts_so_far(run: RunFolder, start: Start) -> list[dict[str, Any]]:
-    """Earlier ends of this run, oldest first; one that wrote nothing at its end was lost."""
-    try:
-        last = json.loads(run.outcome.read_text(encoding="utf-8"))
-        earlier = list(last["restarts"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return [] if start.checkpoint is None else [{"cause": ExitCode.LOST.reason, "step": start.step}]
-    if last["reason"] == RUNNING:
-        return [*earlier, {"cause": ExitCode.LOST.reason, "step": start.step}]
-    return [*earlier, {"cause": last["reason"], "step": last["step"]}]
-
-
-def write_outcome(
-    run: RunFolder, end: RankEnd | None, restarts: Sequence[Mapping[str, Any]], environ: Mapping[str, str]
-) -> None:
-    """Write ``outcome.json``: how the run ended, for launchers and people; while it runs, code is null.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    saved = newest_state(run)
-    folder, state = saved if saved else (None, None)
-    report = end.report if end is not None else {}
-    record = {
-        "code": None if end is None else int(end.code),
-        "reason": RUNNING if end is None else end.code.reason,
-        "message": "" if end is None else end.message,
-        "step": report.get("step", state.step if state else 0),
-        "loss": report.get("loss", state.loss if state else None),
-        "checkpoint": str(folder) if folder else None,
-        "restarts": list(restarts),
-        "weights_sha256": report.get("weights_sha256") or None,
-        "version": __version__,
-        "commit": commit(environ),
-    }
-    write_durably(run.outcome, json.dumps(record, indent=1) + "\n")

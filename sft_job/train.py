@@ -9,6 +9,7 @@ import faulthandler
 import json
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -22,10 +23,13 @@ from sft_job.config.load import load_resolved
 from sft_job.config.resolve import resolve
 from sft_job.config.schema import JobConfig
 from sft_job.config.topology import count_gpus
-from sft_job.contract import Env, ExitCode
+from sft_job.contract import STACK_SIGNAL, Env, ExitCode
 from sft_job.data.files import check_data
+from sft_job.deadline import REASON as DEADLINE
+from sft_job.deadline import Deadline
 from sft_job.errors import JobError, raise_problems
 from sft_job.job import train
+from sft_job.pulse import Pulse, pulse_file
 from sft_job.runtime import StopWish, die_with_parent, start_runtime
 from sft_job.trainer import Ending
 
@@ -37,16 +41,17 @@ _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Timed ou
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train as one rank; the exit code of what happened. Never raises."""
     stop = StopWish().install()
-    if Env.REPORT_DIR in os.environ:
-        die_with_parent()
     faulthandler.enable()
+    pulse = _under_supervisor(stop)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
     code, message, ending = ExitCode.BUG, "", None
     try:
         config = _config(list(sys.argv[1:] if arguments is None else arguments))
-        runtime = start_runtime(config.trainer.timeout_seconds, config.trainer.deterministic)
+        runtime = start_runtime(config.trainer.timeout_seconds, config.trainer.deterministic, pulse)
         ending = train(config, runtime, stop)
         code = ExitCode.STOPPED if ending and ending.stopped else ExitCode.DONE
+        if code == ExitCode.STOPPED and not stop.signal and stop.wished:
+            message = f"{DEADLINE}: stopped while there was time to save"
         dist.barrier()
         dist.destroy_process_group()
     except JobError as error:
@@ -60,6 +65,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         traceback.print_exc()
     _report(code, message, ending)
     return code
+
+
+def _under_supervisor(stop: StopWish) -> Pulse:
+    """What a rank owes its supervisor: an end with it, stacks when asked, signs of life; its deadline comes back."""
+    folder, rank = os.environ.get(Env.REPORT_DIR), int(os.environ.get("RANK", "0"))
+    if folder is None:
+        return Pulse()
+    die_with_parent()
+    faulthandler.register(STACK_SIGNAL, all_threads=True, chain=False)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [STACK_SIGNAL])
+    deadline = os.environ.get(Env.DEADLINE)
+    if deadline is not None and rank == 0:
+        stop.deadline = Deadline(float(deadline))
+    pulse = Pulse(pulse_file(Path(folder), rank))
+    pulse.beat()
+    return pulse
 
 
 def _config(arguments: list[str]) -> JobConfig:

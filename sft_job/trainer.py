@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,7 @@ from sft_job.metrics.loggers import Logger
 from sft_job.metrics.meters import StepMeter, validation_record
 from sft_job.optimizer import gradient_norm, learning_rate, scale_gradients, set_learning_rate
 from sft_job.parallel.fsdp import set_gradient_sync
+from sft_job.pulse import SAVING, VALIDATING
 from sft_job.runtime import Runtime, StopWish, peak_memory, seed_step
 
 AFTER_EACH_EPOCH = "after_each_epoch"
@@ -128,6 +130,7 @@ class Trainer:
         self._origin = origin
         self._logger = logger
         self._stop = stop
+        self._step_began = time.monotonic()
 
     @property
     def state(self) -> RunState:
@@ -176,6 +179,7 @@ class Trainer:
         iterator = iter(batches)
         while True:
             self._meter.begin_step()
+            self._step_began = time.monotonic()
             with self._meter.waiting_for_data():
                 batch = next(iterator, None)
             if batch is None:
@@ -193,7 +197,7 @@ class Trainer:
         set_learning_rate(self._optimizer, lr)
         loss = self.accumulate(batch.micro_batches, batch.num_targets)
         norm = gradient_norm(self._parameters, self._shard_group)
-        flags = torch.cat([loss[None], loss.new_tensor([float(self._stop.signal != 0), *self._checkpointer.flags()])])
+        flags = torch.cat([loss[None], loss.new_tensor([float(self._stop.wished), *self._checkpointer.flags()])])
         dist.all_reduce(flags)
         # The step's only wait for the device: loss and norm must be known to be finite before the weights move.
         total, stops, recovery, saves_over, grad_norm = torch.cat([flags, norm.to(flags)[None]]).tolist()
@@ -218,6 +222,7 @@ class Trainer:
         """
         total = torch.zeros((), device=self._runtime.device)
         for index, micro in enumerate(micro_batches):
+            self._runtime.pulse.beat()
             set_gradient_sync(self._module, index == len(micro_batches) - 1)
             loss = self._module(micro.to(self._runtime.device)) / num_targets
             loss.backward()
@@ -236,6 +241,8 @@ class Trainer:
             supervised_tokens=self._state.supervised_tokens + batch.num_targets,
             loss=result.loss,
         )
+        self._runtime.pulse.beat(step=done)
+        self._stop.step_took(time.monotonic() - self._step_began)
         self._meter.end_step(tokens=batch.num_tokens, supervised_tokens=batch.num_targets, flops=self._flops(batch))
 
     def _log_step(self, result: StepResult) -> None:
@@ -257,13 +264,15 @@ class Trainer:
         """Validate and log; False where a stop cut it short, on every rank alike."""
         if self._evaluate is None:
             return True
-        loss = self._evaluate()
+        with self._runtime.pulse.phase(VALIDATING):
+            loss = self._evaluate()
         if loss is not None and self._logger is not None:
             self._logger.log(validation_record(self._state.step, loss))
         return loss is not None
 
     def _save(self, purpose: Purpose) -> None:
-        self._state = self._checkpointer.save(self._state, purpose)
+        with self._runtime.pulse.phase(SAVING), self._stop.timing_save():
+            self._state = self._checkpointer.save(self._state, purpose)
 
     def _not_finite(self, batch: StepBatch, loss: float, norm: float) -> JobError:
         rows = "".join(f"\n      {self._origin(int(row))}" for row in batch.row_ids[:8])

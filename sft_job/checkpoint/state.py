@@ -65,6 +65,8 @@ SAFE_KEYS = frozenset(
         "trainer.on_save_failure",
         "trainer.allow_changed",
         "trainer.timeout_seconds",
+        "trainer.max_wall_seconds",
+        "trainer.max_starts_without_progress",
         "trainer.deterministic",
     }
 )

@@ -114,7 +114,12 @@ _DOES: Mapping[str, str] = {
     "trainer.on_save_failure": "after a kept checkpoint that cannot be written: end (exit 73) or continue",
     "trainer.log_freq": "steps between logged lines",
     "trainer.allow_changed": "keys that may differ from the checkpoint's when a run goes on",
-    "trainer.timeout_seconds": "a collective that takes longer ends the run with 137",
+    "trainer.timeout_seconds": "a collective that takes longer, or ranks that stand still for longer, end the run "
+    "with 137",
+    "trainer.max_wall_seconds": "saves and leaves (143) in time for the run to end so many seconds after its start; "
+    "null = no limit",
+    "trainer.max_starts_without_progress": "after so many starts in a row without a new step the next ends with 86; "
+    "0 = no limit",
     "trainer.deterministic": "only deterministic kernels on the GPU",
 }
 

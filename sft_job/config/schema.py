@@ -239,6 +239,10 @@ class TrainerConfig:
     """Settings that may differ from the checkpoint's when a run goes on."""
     timeout_seconds: int = 600
     """A collective that takes longer ends the run with 137."""
+    max_wall_seconds: Optional[int] = None
+    """Stop in time to have saved this many seconds after the start; null = no limit."""
+    max_starts_without_progress: int = 3
+    """Starts in a row without a new step after which the run is refused with 86; 0 = never."""
     deterministic: bool = False
     """Only deterministic kernels on the GPU (slower). CPU runs always are."""
 

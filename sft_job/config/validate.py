@@ -164,6 +164,8 @@ _RULES: Mapping[str, _Rule] = {
     "trainer.on_save_failure": _one_of("end", "continue"),
     "trainer.log_freq": _at_least(1),
     "trainer.timeout_seconds": _at_least(1),
+    "trainer.max_wall_seconds": _or(None, _at_least(1)),
+    "trainer.max_starts_without_progress": _at_least(0),
 }
 """Rules of single values. Types are checked when loading, except for settings that take values of several types."""
 

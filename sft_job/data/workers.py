@@ -142,8 +142,9 @@ class _Crew:
 
 
 def _work(connection: Connection, spec: CacheSpec, folder: Path) -> None:
-    # The parent is interrupted too, and ends this process by closing the pipe.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The parent is interrupted too, and ends this process by closing the pipe, or with SIGTERM.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     os.environ[_PARALLELISM] = "false"  # one process a core already
     try:
         tokeniser = PieceTokeniser(spec, folder)

@@ -119,6 +119,8 @@ LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "trainer.log_freq": ([1], [0]),
     "trainer.allow_changed": ([[], ["optim.lr"]], [["lr"], ["optim.lr", "optim.lrr"]]),
     "trainer.timeout_seconds": ([1], [0]),
+    "trainer.max_wall_seconds": ([None, 1], [0, -1]),
+    "trainer.max_starts_without_progress": ([0, 1], [-1]),
     "ulysses_sequence_parallel_size": ([1], [0, -4]),
 }
 
