@@ -1,8 +1,8 @@
 """Secrets of the environment: found by the names of their variables, hidden wherever text leaves the process.
 
-A setting may use a variable (``${oc.env:NAME}``), and a library may put any value into an error. So what is hidden is the
-value, wherever it came from: in what is shown, logged, reported, and stored with a checkpoint. A hidden value stands as
-``<secret NAME>``, so that two starts with different keys have equal settings: a key never decides what is computed.
+A setting may use a variable (``${oc.env:NAME}``), and a library may put any value into an error. So the value is
+hidden, wherever it came from: in what is shown, logged, reported, and stored with a checkpoint. A hidden value stands
+as ``<secret NAME>``, so that two starts with different keys have equal settings: a key never decides what is computed.
 """
 
 from __future__ import annotations
