@@ -16,7 +16,8 @@ class Deadline:
     """Whether there is still time for another step.
 
     A step is begun only if it, a save that may be due after it, and the last save fit before the deadline, each taken
-    as long as the longest of the recent ones, half as much again, and a few seconds to leave.
+    as long as the longest of the recent ones, half as much again, and a few seconds to leave. Before the first save its
+    length is a guess.
 
     Args:
         at: when the run must be over, in seconds of ``clock``.
@@ -47,8 +48,10 @@ class Deadline:
     @property
     def needed(self) -> float:
         """Seconds that one more step and what must follow it may take."""
-        save = max(self._saves, default=self._first_save)
-        return _MARGIN * (max(self._steps, default=0.0) + 2 * save) + _SLACK_SECONDS
+        step = max(self._steps, default=0.0)
+        if not self._saves:
+            return _MARGIN * step + self._first_save + _SLACK_SECONDS
+        return _MARGIN * (step + 2 * max(self._saves)) + _SLACK_SECONDS
 
     @property
     def reached(self) -> bool:

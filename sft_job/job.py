@@ -41,6 +41,7 @@ from sft_job.deadline import REASON as DEADLINE
 from sft_job.errors import JobError
 from sft_job.evaluate import validation_loss
 from sft_job.export import export_live
+from sft_job.lock import lost_lock, still_held
 from sft_job.metrics.flops import FlopsShape, model_flops, peak_flops
 from sft_job.metrics.loggers import Loggers, make_loggers
 from sft_job.metrics.meters import StepMeter
@@ -56,7 +57,7 @@ from sft_job.trainer import Ending, Schedule, Trainer
 
 log = logging.getLogger(__name__)
 _STOP_UPLOAD_SECONDS = 20.0
-_FIRST_SAVE_SECONDS = 5.0
+_FIRST_SAVE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,9 @@ def train(config: JobConfig, runtime: Runtime, stop: StopWish) -> Ending | None:
     began = time.monotonic()
     with contextlib.closing(build_job(config, runtime, stop, start)) as job:
         if stop.deadline is not None:
-            # A save moves what was loaded, and reads it once more for its checksums.
-            stop.deadline.expect_save(_FIRST_SAVE_SECONDS + 2 * (time.monotonic() - began))
+            # A save writes what was loaded and reads it for its checksums; a base model comes without its AdamW states.
+            times = 2 if start.checkpoint is not None else 4
+            stop.deadline.expect_save(_FIRST_SAVE_SECONDS + times * (time.monotonic() - began))
         _leave_if_asked(runtime, stop)
         runtime.pulse.enter(TRAINING)
         return job.run()
@@ -180,6 +182,7 @@ def build_job(config: JobConfig, runtime: Runtime, stop: StopWish, start: Start,
         ADAPTER if uses_lora(config.model) else HUGGINGFACE,
         lambda folder, meet: export_live(folder, module.lm, config, runtime.device, write=runtime.is_first, meet=meet),
         None if store is None else store.upload,
+        confirm=confirm_lock(run),
         warn=None if loggers is None else loggers.warning,
         files=files,
     )
@@ -212,17 +215,24 @@ def build_job(config: JobConfig, runtime: Runtime, stop: StopWish, start: Start,
         stop,
     )
     loader = _loader(config, rows, order, mesh)
-    return Job(
-        module,
-        optimizer,
-        trainer,
-        loader,
-        loggers,
-        store,
-        checkpointer,
-        config.trainer.timeout_seconds,
-        runtime.pulse,
-    )
+    seconds = config.trainer.timeout_seconds
+    return Job(module, optimizer, trainer, loader, loggers, store, checkpointer, seconds, runtime.pulse)
+
+
+def confirm_lock(run: RunFolder) -> Callable[[], None] | None:
+    """What asks before a checkpoint is published whether the supervisor still holds the run folder; None without one.
+
+    The callable raises a JobError (73) where another run has taken the folder over.
+    """
+    token = os.environ.get(Env.LOCK)
+    if token is None:
+        return None
+
+    def confirm() -> None:
+        if not still_held(run, token):
+            raise lost_lock(run)
+
+    return confirm
 
 
 def make_schedule(config: JobConfig, steps_per_epoch: int) -> Schedule:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import signal
-import time
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import FrameType
@@ -121,19 +118,6 @@ class StopWish:
     def wished(self) -> bool:
         """It is time to stop, by a signal or the deadline."""
         return self.signal != 0 or (self.deadline is not None and self.deadline.reached)
-
-    @contextlib.contextmanager
-    def timing_save(self) -> Iterator[None]:
-        """What runs inside is a save: the deadline learns how long one takes."""
-        began = time.monotonic()
-        yield
-        if self.deadline is not None:
-            self.deadline.save_took(time.monotonic() - began)
-
-    def step_took(self, seconds: float) -> None:
-        """A step is done: the deadline learns how long one takes."""
-        if self.deadline is not None:
-            self.deadline.step_took(seconds)
 
     def install(self) -> StopWish:
         """Listen to the stop signals; a second one changes nothing.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -252,8 +253,11 @@ def deadline_of(config: JobConfig, environ: Mapping[str, str], began: float) -> 
     text = environ.get(Env.END_TIME, "").strip()
     if text:
         try:
-            ends.append(time.monotonic() + float(text) - time.time())
+            end = float(text)
         except ValueError:
+            end = math.nan
+        ends.append(time.monotonic() + end - time.time())
+        if not math.isfinite(end):
             rule, fix = "must be a Unix time in seconds", f"correct {Env.END_TIME} or unset it"
             raise_problems([Problem(ExitCode.CONFIG, Env.END_TIME, rule, fix, text, origin="environment")])
     return min(ends, default=None)

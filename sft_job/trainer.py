@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sft_job.checkpoint.checkpointer import Checkpointer, Purpose
+from sft_job.checkpoint.checkpointer import Checkpointer, Purpose, SaveTiming
 from sft_job.checkpoint.state import RunState
 from sft_job.config.schema import JobConfig
 from sft_job.contract import ExitCode
@@ -131,6 +131,7 @@ class Trainer:
         self._logger = logger
         self._stop = stop
         self._step_began = time.monotonic()
+        self._last_save: SaveTiming | None = None
 
     @property
     def state(self) -> RunState:
@@ -171,7 +172,8 @@ class Trainer:
         return Ending(False, self._state)
 
     def _stopped(self) -> Ending:
-        self._state = self._checkpointer.stop(self._state)
+        with self._runtime.pulse.phase(SAVING):
+            self._state = self._checkpointer.stop(self._state)
         return Ending(True, self._state)
 
     def _timed(self, batches: Iterable[StepBatch]) -> Iterator[StepBatch]:
@@ -242,8 +244,17 @@ class Trainer:
             loss=result.loss,
         )
         self._runtime.pulse.beat(step=done)
-        self._stop.step_took(time.monotonic() - self._step_began)
+        self._teach_deadline()
         self._meter.end_step(tokens=batch.num_tokens, supervised_tokens=batch.num_targets, flops=self._flops(batch))
+
+    def _teach_deadline(self) -> None:
+        deadline, timing = self._stop.deadline, self._checkpointer.timing
+        if deadline is None:
+            return
+        deadline.step_took(time.monotonic() - self._step_began)
+        if timing is not None and timing is not self._last_save:
+            self._last_save = timing
+            deadline.save_took(timing.total)
 
     def _log_step(self, result: StepResult) -> None:
         step = self._state.step
@@ -271,7 +282,7 @@ class Trainer:
         return loss is not None
 
     def _save(self, purpose: Purpose) -> None:
-        with self._runtime.pulse.phase(SAVING), self._stop.timing_save():
+        with self._runtime.pulse.phase(SAVING):
             self._state = self._checkpointer.save(self._state, purpose)
 
     def _not_finite(self, batch: StepBatch, loss: float, norm: float) -> JobError:

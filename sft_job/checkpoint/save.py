@@ -29,6 +29,7 @@ from sft_job.checkpoint.shards import ShardWriter
 from sft_job.checkpoint.staging import local_bytes, tensors_of
 from sft_job.checkpoint.state import STATE_FILE, RunState
 from sft_job.contract import RunFolder
+from sft_job.errors import JobError
 
 # What torch puts around each tensor, at the most.
 _HEADER_BYTES = 2048
@@ -127,7 +128,9 @@ class Writing:
     def drop(self) -> None:
         """Remove what a save that failed has left, on rank 0; every rank has stopped writing."""
         if dist.get_rank() == 0:
-            with suppress(OSError):
+            with suppress(OSError, JobError):
+                if self._confirm is not None:
+                    self._confirm()  # in a run folder that was lost, what lies there is the new holder's
                 clear_leftovers(self._run, self._files)
 
     def _begin_or_find(self, order: Order) -> RunState | None:

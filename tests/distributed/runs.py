@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,23 @@ def seed_config(model: Path, train: Path, val: Path | None, run: Path, *override
     return loaded.config
 
 
-def run_job(config: JobConfig, *, stop_after: int | None = None, gradients: bool = False) -> Watched:
-    """Train ``config`` in this rank, from where its run folder stands."""
+def run_job(
+    config: JobConfig,
+    *,
+    stop_after: int | None = None,
+    gradients: bool = False,
+    files: Any = None,
+    prepared: Callable[[Any], None] | None = None,
+) -> Watched:
+    """Train ``config`` in this rank, from where its run folder stands.
+
+    Args:
+        config: the settings.
+        stop_after: ask for a stop in this step.
+        gradients: keep those of every step.
+        files: does the file operations of saving.
+        prepared: takes the job before it runs.
+    """
     from sft_job.checkpoint.start import find_start
     from sft_job.config.load import run_folder
     from sft_job.job import build_job
@@ -60,10 +76,12 @@ def run_job(config: JobConfig, *, stop_after: int | None = None, gradients: bool
     if start.finished:
         return Watched(done_before=True, step=start.step)
     stop = StopWish()
-    job = build_job(config, runtime, stop, start)
+    job = build_job(config, runtime, stop, start, files)
     watched = Watched()
     _watch_batches(job, watched)
     _watch_steps(job, watched, stop, stop_after, gradients)
+    if prepared is not None:
+        prepared(job)
     try:
         ending = job.run()
     finally:

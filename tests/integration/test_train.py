@@ -139,7 +139,7 @@ def test_export_command(done, tmp_path) -> None:
     assert "is not empty" in again.stderr
 
 
-def wait_for_step(job: Job, step: int, seconds: float = 60.0) -> None:
+def wait_for_step(job: Job, step: int, seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     path = job.run / "logs" / "metrics.jsonl"
     while not (path.exists() and f'"step": {step},' in path.read_text()):
@@ -176,8 +176,12 @@ def test_a_signal_saves_and_the_next_start_goes_on(job, number) -> None:
     assert steps == list(range(1, saved + 3))
 
 
-def test_a_killed_rank_ends_the_others(job) -> None:
-    process = job.start("trainer.total_epochs=200", NPROC_PER_NODE="2")
+def test_a_killed_rank_ends_the_others(job, tmp_path) -> None:
+    words = r"'\x1b[31mloading\x1b[0m a bell\x07 rings\n'"
+    (tmp_path / "my_lib.py").write_text(f"import sys; sys.stderr.write({words})")
+    path = f"{tmp_path}:{Path(__file__).parents[2]}"
+    more = ["trainer.total_epochs=200", "model.external_lib=my_lib"]
+    process = job.start(*more, NPROC_PER_NODE="2", PYTHONPATH=path)
     try:
         wait_for_step(job, 2)
         children = children_of(process)
@@ -188,6 +192,8 @@ def test_a_killed_rank_ends_the_others(job) -> None:
         end(process)
     assert process.returncode == 137
     assert "rank 1 was killed by SIGKILL" in error
+    assert "last lines of rank_1.log:\n" in error
+    assert "\n      loading a bell rings\n" in error
     assert not any(Path(f"/proc/{child}").exists() for child in children)
 
 

@@ -17,10 +17,10 @@ class Clock:
 def test_learned_from_the_longest_of_the_recent() -> None:
     clock = Clock()
     deadline = Deadline(clock.now + 100, clock, first_save=10)
-    assert deadline.needed == 1.5 * 20 + 5
+    assert deadline.needed == 10 + 5
     for seconds in (1.0, 9.0, 2.0):
         deadline.step_took(seconds)
-    assert deadline.needed == 1.5 * (9 + 20) + 5
+    assert deadline.needed == 1.5 * 9 + 10 + 5
     deadline.save_took(2.0)
     assert deadline.needed == 1.5 * (9 + 4) + 5
     for _ in range(50):
@@ -31,7 +31,7 @@ def test_learned_from_the_longest_of_the_recent() -> None:
 def test_once_reached_it_stays_so() -> None:
     """Ranks must not begin a stop and then go on because a slow save left the window."""
     clock = Clock()
-    deadline = Deadline(clock.now + 20, clock, first_save=5)
+    deadline = Deadline(clock.now + 20, clock, first_save=15)
     assert deadline.reached
     deadline.save_took(0.1)
     assert deadline.needed < 20

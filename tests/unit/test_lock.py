@@ -58,7 +58,7 @@ def test_taken_beaten_and_given_back(run) -> None:
 
 def test_another_job_is_refused_and_told_who_holds_it(run) -> None:
     lock = take(lock_of(run, "first-job"))
-    with pytest.raises(JobError, match="held by another run: process .* on .*, job first-job, since 20") as caught:
+    with pytest.raises(JobError, match=r"held by another run: process .* on .*, job first-job, since 20") as caught:
         take(lock_of(run, "second-job"))
     assert caught.value.code == ExitCode.CANNOT_CREATE
     assert still_held(run, lock.token)

@@ -68,6 +68,7 @@ CHANGED: dict[str, Any] = {
     "trainer.test_freq": 2,
     "trainer.max_ckpt_to_keep": 2,
     "trainer.checkpoint.save_contents": ["model"],
+    "trainer.on_save_failure": "continue",
 }
 # Another spelling under the other name, which is read as the value above.
 WRITTEN = {"engine.model_dtype": "bfloat16", "engine.dtype": "float32"}

@@ -116,6 +116,8 @@ LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "trainer.test_freq": ([-1, 1, "after_each_epoch"], [0, -2, "each_epoch", None, True, 1.5, [1]]),
     "trainer.max_ckpt_to_keep": ([None, 1], [0]),
     "trainer.checkpoint.save_contents": ([["model", "optimizer", "extra", "hf_model"], []], [["weights"]]),
+    "trainer.recovery_minutes": ([0.0, 0.5, 15.0], [-1.0, NAN, INF]),
+    "trainer.on_save_failure": (["end", "continue"], ["ignore"]),
     "trainer.log_freq": ([1], [0]),
     "trainer.allow_changed": ([[], ["optim.lr"]], [["lr"], ["optim.lr", "optim.lrr"]]),
     "trainer.timeout_seconds": ([1], [0]),

@@ -1,0 +1,399 @@
+"""Saves beside the training: the bits of the step that asked, one error for all ranks, no hurry for a slow disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sft_job.checkpoint.files import Files
+from sft_job.contract import ExitCode
+from tests.distributed.runs import Watched, run_job, seed_config
+
+TOTAL = 8
+PATIENCE = 60.0
+
+
+def config_of(inputs: Path, run: Path, *overrides: str):
+    return seed_config(
+        inputs / "qwen3",
+        inputs / "train.parquet",
+        None,
+        run,
+        "ulysses_sequence_parallel_size=1",
+        "data.train_batch_size=4",
+        "optim.lr=1e-2",
+        "model.fsdp_config.model_dtype=fp32",
+        *overrides,
+    )
+
+
+def shards(run: Path, step: int) -> dict[str, str]:
+    manifest = json.loads((run / "checkpoints" / f"global_step_{step}" / "manifest.json").read_text())
+    return {name: entry["sha256"] for name, entry in manifest["files"].items() if name.endswith(".distcp")}
+
+
+def folders(run: Path) -> list[str]:
+    return sorted(p.name for p in (run / "checkpoints").iterdir() if p.is_dir() and not p.is_symlink())
+
+
+class Held(Files):
+    """Begins to write the shards of a step only when the next step is done."""
+
+    def __init__(self) -> None:
+        self.done = 0
+        self.changed = threading.Condition()
+
+    def before(self, operation: str, path: Path) -> None:
+        if operation == "open" and path.suffix == ".distcp":
+            step = int(path.parent.name.rpartition("_")[2])
+            with self.changed:
+                assert self.changed.wait_for(lambda: step == TOTAL or self.done > step, PATIENCE)
+
+    def watch(self, job: Any) -> None:
+        def note(*_: Any) -> None:
+            with self.changed:
+                self.done += 1
+                self.changed.notify_all()
+
+        job.optimizer.register_step_post_hook(note)
+
+
+def _held(config: Any) -> Watched:
+    files = Held()
+    return run_job(config, files=files, prepared=files.watch)
+
+
+@pytest.fixture(scope="module")
+def straight(inputs, tmp_path_factory, ranks) -> tuple[Watched, Path]:
+    run = tmp_path_factory.mktemp("saving") / "run"
+    return ranks(2, run_job, config_of(inputs, run, "trainer.save_freq=3", "trainer.async_save=false"))[0], run
+
+
+@pytest.mark.parametrize("more", [[], ["model.lora_rank=4"], ["model.fsdp_config.cpu_offload=true"]])
+def test_the_bits_are_those_of_the_step_that_asked(inputs, tmp_path, ranks, straight, more) -> None:
+    """The weights have moved on when the shards are written; the checkpoint is that of a synchronous save."""
+    run = tmp_path / "run"
+    found = ranks(2, _held, config_of(inputs, run, "trainer.save_freq=3", *more))[0]
+    reference, reference_run = straight
+    if more:
+        reference_run = tmp_path / "straight"
+        options = ["trainer.save_freq=3", "trainer.async_save=false", *more]
+        reference = ranks(2, run_job, config_of(inputs, reference_run, *options))[0]
+    assert found.weights_sha256 == reference.weights_sha256
+    assert folders(run) == ["global_step_3", "global_step_6", "global_step_8"]
+    for step in (3, 6, 8):
+        assert len(shards(run, step)) == 2
+        assert shards(run, step) == shards(reference_run, step)
+    assert len({tuple(shards(run, step).values()) for step in (3, 6, 8)}) == 3
+
+
+class Full(Files):
+    """The disk of one rank is full for a while."""
+
+    def __init__(self, steps: tuple[int, ...]) -> None:
+        self.steps = steps
+
+    def before(self, operation: str, path: Path) -> None:
+        step = path.parent.name.rpartition("_")[2]
+        if os.environ["RANK"] == "1" and operation == "write" and step.isdecimal() and int(step) in self.steps:
+            raise OSError(28, "No space left on device")
+
+
+def _with_full_disk(config: Any, steps: tuple[int, ...], stop_after: int | None = None) -> tuple[int, str, list[float]]:
+    """Exit code, message and losses of a run."""
+    from sft_job.errors import JobError
+
+    losses: list[float] = []
+    said: list[str] = []
+
+    def watch(job: Any) -> None:
+        step = job.trainer.train_step
+        job.checkpointer._warn = said.append
+
+        def stepping(batch: Any) -> Any:
+            # Every save is over before the next step's end, so that what is seen where is no matter of luck.
+            result = step(batch)
+            losses.append(result.loss)
+            flight = job.checkpointer._flight
+            if flight is not None:
+                flight.work.wait(PATIENCE)
+            return replace(result, saves_over=2.0 if flight is not None else 0.0)
+
+        job.trainer.train_step = stepping
+
+    try:
+        run_job(config, files=Full(steps), prepared=watch, stop_after=stop_after)
+    except JobError as error:
+        return int(error.code), str(error), losses
+    return 0, "\n".join(said), losses
+
+
+def test_an_error_on_one_rank_ends_all_at_the_same_step(inputs, tmp_path, ranks) -> None:
+    run = tmp_path / "run"
+    found = ranks(2, _with_full_disk, config_of(inputs, run, "trainer.save_freq=2"), (4,))
+    assert [code for code, _, _ in found] == [ExitCode.CANNOT_CREATE] * 2
+    assert found[0] == found[1]
+    assert len(found[0][2]) == 5  # the step after the one that asked
+    assert "cannot save step 4" in found[0][1]
+    assert "No space left on device" in found[0][1]
+    assert "goes on from global_step_2" in found[0][1]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["global_step_2", "latest"]
+
+
+def test_a_run_may_go_on_without_a_checkpoint(inputs, tmp_path, ranks, straight) -> None:
+    run = tmp_path / "run"
+    config = config_of(inputs, run, "trainer.save_freq=2", "trainer.on_save_failure=continue")
+    found = ranks(2, _with_full_disk, config, (4,))
+    assert [code for code, _, _ in found] == [0, 0]
+    assert "cannot save step 4" in found[0][1]
+    assert "training goes on" in found[0][1]
+    assert folders(run) == ["global_step_2", "global_step_6", "global_step_8"]
+    assert shards(run, 8) == shards(straight[1], 8)
+
+
+@pytest.mark.parametrize(("steps", "stop_after"), [((8,), None), ((3,), 3)])
+def test_the_last_save_must_not_fail(inputs, tmp_path, ranks, steps, stop_after) -> None:
+    run = tmp_path / "run"
+    config = config_of(inputs, run, "trainer.save_freq=2", "trainer.on_save_failure=continue")
+    found = ranks(2, _with_full_disk, config, steps, stop_after)
+    assert [code for code, _, _ in found] == [ExitCode.CANNOT_CREATE] * 2
+    assert f"cannot save step {steps[0]}" in found[0][1]
+
+
+class Slow(Files):
+    """Sleeps before every publication, on rank 0 alone."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def before(self, operation: str, path: Path) -> None:
+        if operation == "rename" and path.name.startswith("global_step_"):
+            time.sleep(self.seconds)
+
+
+def _slow(config: Any, timeout: int) -> Watched:
+    from sft_job.runtime import start_runtime
+
+    start_runtime(timeout)
+    return run_job(config, files=Slow(timeout + 3.0))
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_slow_disk_trips_no_timeout(inputs, tmp_path, ranks, asynchronous) -> None:
+    options = ["trainer.total_training_steps=2", f"trainer.async_save={asynchronous}"]
+    found = ranks(2, _slow, config_of(inputs, tmp_path / "run", *options), 5)
+    assert [watched.step for watched in found] == [2, 2]
+
+
+class Journal(Files):
+    """The checkpoints that there were after each publication."""
+
+    def __init__(self) -> None:
+        self.there: list[list[str]] = []
+
+    def before(self, operation: str, path: Path) -> None:
+        if operation == "fsync" and path.name == "checkpoints":
+            self.there.append(sorted(each.name for each in path.iterdir() if each.name.startswith("global")))
+
+
+class DiedError(Exception):
+    """As a crash of all ranks: nothing is saved on the way out."""
+
+
+def _recovering(config: Any, die_in: int | None = None) -> tuple[Watched | None, list[list[str]]]:
+    files = Journal()
+
+    def watch(job: Any) -> None:
+        step = job.trainer.train_step
+
+        def stepping(batch: Any) -> Any:
+            if batch.step + 1 == die_in:
+                raise DiedError
+            return step(batch)
+
+        job.trainer.train_step = stepping
+
+    try:
+        return run_job(config, files=files, prepared=watch), files.there
+    except DiedError:
+        return None, files.there
+
+
+def test_recovery_checkpoints_replace_each_other(inputs, tmp_path, ranks, straight) -> None:
+    """Due all the time; a newer one is there before the old one goes; none is left at the end."""
+    run = tmp_path / "run"
+    options = ["trainer.recovery_minutes=1e-9", "trainer.save_freq=4", "trainer.max_ckpt_to_keep=1"]
+    config = config_of(inputs, run, *options, "trainer.async_save=false")
+    watched, there = ranks(2, _recovering, config)[0]
+    names = [f"global_step_{step}" for step in range(1, 9)]
+    published = [entry for index, entry in enumerate(there) if entry and entry not in there[:index]]
+    assert [names[0]] in published
+    assert names[:2] in published
+    assert names[3:5] in published  # the kept one of step 4 and the recovery checkpoint of step 5
+    assert all(len(entry) <= 3 for entry in there)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["final", "global_step_8", "latest"]
+    assert watched.weights_sha256 == straight[0].weights_sha256
+
+
+def test_a_crashed_run_goes_on_from_one(inputs, tmp_path, ranks, straight) -> None:
+    run = tmp_path / "run"
+    config = config_of(inputs, run, "trainer.recovery_minutes=1e-9", "trainer.async_save=false")
+    assert ranks(2, _recovering, config, 6)[0][0] is None
+    assert folders(run) == ["global_step_5"]
+    assert json.loads((run / "checkpoints" / "global_step_5" / "state.json").read_text())["kept"] is False
+    second = ranks(2, run_job, config)[0]
+    assert len(second.losses) == 3
+    assert second.weights_sha256 == straight[0].weights_sha256
+    assert folders(run) == ["global_step_8"]
+
+
+def test_recovery_beside_the_training(inputs, tmp_path, ranks, straight) -> None:
+    """Asynchronous, with a crash somewhere: to the bit all the same."""
+    run = tmp_path / "run"
+    config = config_of(inputs, run, "trainer.recovery_minutes=1e-9", "trainer.save_freq=3")
+    ranks(2, _recovering, config, 8)
+    assert 1 <= len(folders(run)) <= 4
+    second = ranks(2, run_job, config)[0]
+    assert second.weights_sha256 == straight[0].weights_sha256
+    assert shards(run, 8) == shards(straight[1], 8)
+
+
+def test_none_by_default_in_a_short_run(inputs, tmp_path, ranks) -> None:
+    _, there = ranks(1, _recovering, config_of(inputs, tmp_path / "run", "trainer.total_training_steps=3"))[0]
+    assert [names for names in there if names] == [["global_step_3"]] * 2 or there[-1] == ["global_step_3"]
+    assert all(names in ([], ["global_step_3"]) for names in there)
+
+
+def _small(run: Path, **options: Any) -> Any:
+    """A checkpointer of a sharded linear layer."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    from sft_job.checkpoint.checkpointer import Checkpointer, SavePolicy
+    from sft_job.contract import RunFolder
+    from sft_job.runtime import start_runtime
+
+    if not dist.is_initialized():
+        start_runtime(60)
+    torch.manual_seed(0)
+    module = torch.nn.Linear(512, 700)  # 1.4 MB
+    fully_shard(module)
+    optimizer = torch.optim.AdamW(module.parameters())
+    module(torch.ones(1, 512)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    policy = SavePolicy(frozenset({"model", "optimizer"}))
+    options = {"policy": policy, "export_name": "huggingface", "export": lambda folder, meet: "0" * 64, **options}
+    checkpointer = Checkpointer(RunFolder(run), module, optimizer, torch.device("cpu"), **options)
+    checkpointer.prepare()
+    return checkpointer
+
+
+def _state(step: int) -> Any:
+    from sft_job.checkpoint.state import RunState
+
+    return RunState(step, 8, 4, 0, 4, 100, 50, 2.0, 2, 1, "d", "m", {}, True, "0")
+
+
+def _fenced(run: Path) -> list[str]:
+    from sft_job.checkpoint.checkpointer import Purpose
+    from sft_job.errors import JobError
+
+    def lost() -> None:
+        if asked:
+            raise JobError(ExitCode.CANNOT_CREATE, "the run folder is held by another run")
+        asked.append(1)
+
+    asked: list[int] = []
+    found: list[str] = []
+    checkpointer = _small(run, confirm=lost)
+    checkpointer.save(_state(1), Purpose.KEPT)
+    for purpose in (Purpose.RECOVERY, Purpose.STOP):
+        try:
+            checkpointer.save(_state(2), purpose)
+            checkpointer.stop(_state(2))
+        except JobError as error:
+            found.append(str(error))
+    return found
+
+
+def test_a_run_that_lost_its_folder_publishes_nothing(tmp_path, ranks) -> None:
+    found = ranks(2, _fenced, tmp_path)
+    assert found == [["the run folder is held by another run"] * 2] * 2
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["global_step_1", "latest"]
+
+
+class Narrow(Files):
+    """There is room for one checkpoint and a half."""
+
+    def __init__(self) -> None:
+        self.written: list[str] = []
+
+    def before(self, operation: str, path: Path) -> None:
+        self.written.append(f"{operation} {path.name}")
+
+    def free_bytes(self, path: Path) -> int:
+        used = sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
+        return 6_500_000 - used
+
+
+def _narrow(run: Path) -> tuple[str, list[str], list[str]]:
+    from sft_job.checkpoint.checkpointer import Purpose
+    from sft_job.errors import JobError
+
+    files, said = Narrow(), []
+    checkpointer = _small(run, files=files, warn=said.append)
+    checkpointer.save(_state(1), Purpose.KEPT)
+    checkpointer.collect(2.0)
+    files.written.clear()
+    checkpointer.save(_state(2), Purpose.RECOVERY)
+    checkpointer.collect(2.0)
+    try:
+        checkpointer.save(_state(3), Purpose.STOP)
+    except JobError as error:
+        return str(error), said, files.written
+    return "", said, files.written
+
+
+def test_a_save_that_does_not_fit_is_refused_before_it_writes(tmp_path, ranks) -> None:
+    found = ranks(2, _narrow, tmp_path)
+    error, said, written = found[0]
+    assert "cannot save step 3" in error
+    assert "it needs 0.00 GiB" in error
+    assert len(said) == 1
+    assert "cannot save step 2" in said[0]
+    assert "goes on from global_step_1" in said[0]
+    assert written == []
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["global_step_1", "latest"]
+
+
+def _twins(run: Path) -> list[bool]:
+    from torch.distributed.tensor import DTensor
+
+    from sft_job.checkpoint.staging import host_twin
+
+    checkpointer = _small(run)
+    found = []
+    for parameter in checkpointer._module.parameters():
+        twin = host_twin(parameter)
+        with torch.no_grad():
+            twin.to_local().copy_(parameter.to_local())
+        assert isinstance(twin, DTensor)
+        assert twin.placements == parameter.placements
+        assert twin.to_local().untyped_storage().size() == twin.to_local().nbytes
+        found.append(torch.equal(twin.full_tensor(), parameter.full_tensor()))
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_memory_for_a_copy(tmp_path, ranks, world) -> None:
+    """Of 1.4 MB it is pages of its own; with two ranks, 0.7 MB each, torch's."""
+    assert ranks(world, _twins, tmp_path) == [[True, True]] * world
