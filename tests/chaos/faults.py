@@ -71,11 +71,16 @@ def count_calls(bench: Bench, folder: Path) -> tuple[int, Evidence]:
     return int((folder / "control" / SEEN).read_text()), bench.evidence(folder)
 
 
-def kill_at_call(bench: Bench, folder: Path, number: int, reference: Evidence) -> list[str]:
-    """Kill a run at its n-th call (a write leaves half), start it again; what differs from the reference."""
+def kill_at_call(bench: Bench, folder: Path, number: int, reference: Evidence) -> list[str] | None:
+    """Kill a run at its n-th call (a write leaves half), start it again; what differs from the reference.
+
+    None where this run made fewer calls: saves run beside the training, so that the count differs by a few.
+    """
     root = folder / "sft" / "checkpoints"
     killed = bench.start(folder, 0, Arm(2, FILE_CALLS, root, "", Act.STRIKE, skip=number))
     place = strikes_done(folder / "control").get(0)
+    if place is None and killed.code == 0:
+        return None
     if place is None or killed.code != 137:
         return [f"call {number}: ended with {killed.code}, struck at {place}: {killed.output[-500:]}"]
     half = [path.name for path in published(RunFolder(folder / "sft")) if damage(path)]
@@ -95,8 +100,9 @@ def kill_at_each_call(bench: Bench, folder: Path, stride: int = 1, jobs: int = 2
     calls, reference = count_calls(bench, folder / "reference")
     numbers = range(0, calls, stride)
     with ThreadPoolExecutor(jobs) as pool:
-        found = pool.map(lambda n: kill_at_call(bench, folder / f"call_{n}", n, reference), numbers)
-        return len(numbers), [line for lines in found for line in lines]
+        answers = pool.map(lambda n: kill_at_call(bench, folder / f"call_{n}", n, reference), numbers)
+        found = [answer for answer in answers if answer is not None]
+        return len(found), [line for lines in found for line in lines]
 
 
 def flip_bits(checkpoint: Path, flips: int, seed: int) -> tuple[int, list[str]]:

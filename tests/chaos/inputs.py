@@ -45,4 +45,6 @@ def run_overrides(inputs: Path, shape: Shape, world: int) -> tuple[str, ...]:
         "trainer.test_freq=4",
         "trainer.max_ckpt_to_keep=2",
         "trainer.timeout_seconds=30",
+        # Half of the runs make a recovery checkpoint at nearly every step besides.
+        f"trainer.recovery_minutes={0.001 if shape.accumulation > 1 else 0}",
     )

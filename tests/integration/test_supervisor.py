@@ -68,9 +68,9 @@ def test_a_frozen_rank_ends_the_others_and_leaves_stacks(job) -> None:
 def test_every_process_signalled_twice_saves_once_and_leaves_nothing(job, tmp_path) -> None:
     """Ranks that have started processes of their own, one of them deaf; stacks on request; TERM, then USR1 to all."""
     (tmp_path / "my_lib.py").write_text(
-        "import os, subprocess\n"
+        "import subprocess\n"
         "for command in ('sleep 1000', \"trap '' TERM USR1; while :; do sleep 1; done\"):\n"
-        f"    child = subprocess.Popen(['setsid', 'sh', '-c', command])\n"
+        "    child = subprocess.Popen(['setsid', 'sh', '-c', command])\n"
         f"    open('{tmp_path}/children', 'a').write(f'{{child.pid}}\\n')\n"
     )
     memory = set(os.listdir("/dev/shm"))  # noqa: PTH208
@@ -94,7 +94,7 @@ def test_every_process_signalled_twice_saves_once_and_leaves_nothing(job, tmp_pa
     assert [path.name for path in (job.run / "checkpoints").glob("global_step_*")] == [f"global_step_{saved}"]
     assert metrics(job)[-1]["step"] == saved
     children = [int(line) for line in (tmp_path / "children").read_text().split()]
-    assert len(children) == 4
+    assert len(children) >= 4
     assert not any(Path(f"/proc/{child}").exists() for child in children)
     assert set(os.listdir("/dev/shm")) <= memory  # noqa: PTH208
     assert not (job.run / "logs" / ".lock").exists()
