@@ -43,11 +43,13 @@ class Bench:
     server: Server
     inputs: Path
 
-    def start(self, folder: Path, number: int = 0, arm: Arm | None = None, more: Sequence[str] = ()) -> End:
+    def start(
+        self, folder: Path, number: int = 0, arm: Arm | None = None, more: Sequence[str] = (), world: int = 1
+    ) -> End:
         """One start of the run in ``folder``."""
-        overrides = (*run_overrides(self.inputs, FULL, 1), *_SHORT, *more)
+        overrides = (*run_overrides(self.inputs, FULL, world), *_SHORT, *more)
         environ = {"CHECKPOINT_DIR": str(folder), "SFT_JOB_ID": folder.name}
-        start = Start(SEED_YAML, overrides, environ, folder / "control", number, 1, arm=arm)
+        start = Start(SEED_YAML, overrides, environ, folder / "control", number, world, arm=arm)
         return self.server.call(run_start, start, timeout=start.hang_seconds + 30)
 
     def evidence(self, folder: Path) -> Evidence:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from tests.chaos.world import Arm
 # Each kill is a run: the whole list takes minutes, and is gone through by `make chaos`.
 STRIDE = int(os.environ.get("CHAOS_STRIDE", "11"))
 FLIPS = 200
+LET = ("trainer.max_starts_without_progress=0",)  # a full disk is no progress, start after start
 
 
 def test_a_kill_at_any_file_call_of_a_save_is_gone_on_from(bench: Bench, tmp_path: Path) -> None:
@@ -127,18 +129,48 @@ def test_a_full_disk_at_each_tenth_of_a_save(bench: Bench, tmp_path: Path, stopp
             ballast = run.checkpoints / "ballast"
             for tenth in range(10):
                 _fill(run, ballast, save * tenth // 10)
-                ended = bench.start(folder, 1 + tenth)
+                ended = bench.start(folder, 1 + tenth, more=LET)
                 assert ended.code == 73, f"{tenth} tenths free: {ended.code}\n{ended.output}"
                 assert "Traceback" not in ended.output
                 steps = published(run)
                 assert steps[0].name == "global_step_2"
                 assert all(damage(path) is None for path in steps)
             ballast.unlink()
-            ended = bench.start(folder, 20)
+            ended = bench.start(folder, 20, more=LET)
             assert ended.code == 0, ended.output
             assert differences(reference, bench.evidence(folder), exact=True) == []
     except PermissionError as error:
         pytest.skip(f"needs root to mount a small file system: {error}")
+
+
+def test_a_disk_that_fills_up_during_a_save(bench: Bench, tmp_path: Path, stopped) -> None:
+    """From one of its writes on, each tenth of them in turn, a save is told that there is no space left."""
+    reference, killed = stopped
+    folder = tmp_path / "run"
+    shutil.copytree(killed, folder, symlinks=True)
+    run = RunFolder(folder / "sft")
+    writes = sum(call.op is Op.WRITE for call in bench.traced(tmp_path / "traced")) // 2
+    for number, first in enumerate(range(0, writes, max(1, writes // 10)), start=1):
+        full = Arm(3, Op.WRITE, run.checkpoints, f"global_step_{STEPS}/", Act.FAIL, skip=first, value=errno.ENOSPC)
+        ended = bench.start(folder, number, full, more=LET)
+        assert ended.code == 73, f"full from write {first} on: {ended.code}\n{ended.output}"
+        assert "Traceback" not in ended.output
+        assert [path.name for path in published(run)] == ["global_step_2"]
+        assert damage(published(run)[0]) is None
+    ended = bench.start(folder, 99, more=LET)
+    assert ended.code == 0, ended.output
+    assert differences(reference, bench.evidence(folder), exact=True) == []
+
+
+def test_a_slow_disk_is_waited_for(bench: Bench, tmp_path: Path) -> None:
+    """Saves of rank 0 that take longer than ranks wait for each other end no run."""
+    folder = tmp_path / "run"
+    slow = Arm(0, Op.FSYNC, folder / "sft" / "checkpoints", "", Act.DELAY, value=800_000)
+    ended = bench.start(folder, 0, slow, more=["trainer.timeout_seconds=3"], world=2)
+    assert ended.code == 0, ended.output
+    assert ended.seconds > 10, "the disk was not slow"
+    (last,) = published(RunFolder(folder / "sft"))
+    assert damage(last) is None
 
 
 def _fill(run: RunFolder, ballast: Path, free: int) -> None:
