@@ -163,8 +163,9 @@ def _strikes(count: int, shape: Shape, draw: random.Random, numbers: itertools.c
     """Kills in the order of their steps; about a third of them hit a start that recovers from another."""
     windows = TOTAL_STEPS // SAVE_FREQ
     strikes: list[Strike] = []
-    # The window between two checkpoints that a kill falls into, at most two kills in each.
-    places = sorted(draw.sample(sorted([*range(windows), *range(windows)]), count))
+    # The window between two checkpoints that a kill falls into: at most two in each, one in the last, after which the
+    # run may be at its end.
+    places = sorted(draw.sample(sorted([*range(windows), *range(windows - 1)]), count))
     for at, window in enumerate(places):
         first = window * SAVE_FREQ + 1
         recovering = at > 0 and places[at - 1] == window
@@ -184,13 +185,16 @@ def _strike(number: int, step: int, save_step: int, draw: random.Random) -> Stri
         step = save_step
     nth = {Phase.SAVE_SHARD: 6, Phase.FSYNC: 8, Phase.RENAME: 4, Phase.PRUNE: 5, Phase.EXPORT: 10, Phase.LOAD: 3}
     number_of_ranks = 1 if phase in (Phase.RENAME, Phase.LATEST, Phase.PRUNE, Phase.EXPORT) else 2
+    rank = draw.randrange(number_of_ranks)
+    if rank:
+        nth[Phase.FSYNC] = 1  # the other ranks write one file of a save
     sent = draw.choices(SIGNALS, weights=(8, 3, 2, 2, 2, 2))[0]
     return Strike(
         number,
         step,
         phase,
         draw.randrange(nth.get(phase, 1)),
-        draw.randrange(number_of_ranks),
+        rank,
         sent,
         _target(sent, draw),
     )

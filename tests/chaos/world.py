@@ -26,6 +26,8 @@ SEEN = "seen"
 """In the control folder: how many calls the shim of an armed rank 0 saw."""
 _SUBREAPER = 36
 _FROZEN_SECONDS = 0.3
+_PATIENCE = 4
+"""Steps that a strike waits for its phase."""
 
 
 @dataclass(frozen=True)
@@ -361,6 +363,8 @@ class Watch:
             return
         if self._strike is not None and self._strike.phase is Phase.LOAD and self._strike.step == 0:
             self._shim.strike(Phase.FORWARD.value)  # there was nothing to load
+        if self._strike is not None and (self._step or 0) >= self._strike.step + _PATIENCE:
+            self._shim.strike(Phase.FORWARD.value)  # its phase has not come: kills that follow need steps to train
         (batch,) = arguments
         for tensor in (batch.input_ids, batch.position_ids, batch.targets):
             self._tokens.update(tensor.numpy().tobytes())
