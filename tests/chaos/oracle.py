@@ -151,7 +151,7 @@ def _metric_differences(reference: Evidence, found: Evidence, exact: bool) -> li
 def _ledger_differences(reference: Evidence, found: Evidence, exact: bool) -> list[str]:
     """Each step that any start made, also one that was lost and made again, trained what it should have."""
     wanted = {(entry["step"], entry["rank"]): entry for entry in reference.ledger}
-    names = ("rows", "lr", "tokens", "rng") if exact else ("rows", "lr")
+    names = ("rows", "lr", "tokens", "seed", "rng") if exact else ("rows", "lr")
     wrong = []
     done = set()
     for entry in found.ledger:
@@ -184,7 +184,7 @@ def reference_faults(reference: Evidence) -> list[str]:
         wrong.append("an epoch does not hold each row once")
     if len(set(orders)) < len(orders):
         wrong.append("two epochs have the same order")
-    draws = [(entry["step"], entry["rng"]) for entry in reference.ledger]
-    if len(set(draws)) < len(draws):
-        wrong.append("two ranks draw the same random numbers")
+    seeds = [entry["seed"] for entry in reference.ledger]
+    if len(set(seeds)) < len(seeds):
+        wrong.append("two ranks or two steps draw the same random numbers")
     return wrong

@@ -77,7 +77,7 @@ def test_the_oracle_sees_each_difference(straight: Evidence) -> None:
     name = next(iter(other.tensors))
     other.tensors[name] = "0"
     assert "tensors" in differences(straight, other, exact=True)[0]
-    for what in ("rows", "lr", "tokens", "rng"):
+    for what in ("rows", "lr", "tokens", "seed", "rng"):
         other = copy.deepcopy(straight)
         other.ledger[7][what] = None
         assert what in differences(straight, other, exact=True)[0]

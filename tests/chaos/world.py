@@ -394,6 +394,7 @@ class Watch:
             "rows": self._rows.pop(self._step),
             "lr": optimizer.param_groups[0]["lr"],
             "tokens": self._tokens.hexdigest(),
+            "seed": torch.initial_seed(),
             "rng": hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest(),
         }
         self._tokens = hashlib.sha256()
