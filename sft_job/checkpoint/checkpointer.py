@@ -176,6 +176,11 @@ class Checkpointer:
             self._staging.guard(self._optimizer)
             self._staging.reserve([p for p in trained for _ in range(3)])  # with AdamW's two moments
 
+    @property
+    def ready(self) -> bool:
+        """A save would find its memory made."""
+        return self._staging.ready
+
     def load(self, folder: Path) -> None:
         """Fill module and optimizer from a whole checkpoint.
 

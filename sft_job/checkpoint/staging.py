@@ -53,6 +53,7 @@ class Staging:
         self._device = device
         self._free: defaultdict[_Kind, list[Tensor]] = defaultdict(list)
         self._lent: list[Tensor] = []
+        self._sources: Any = None
         self._locked: list[int] = []  # where page-locked memory starts
         self._cudart: Any = torch.cuda.cudart() if device.type == "cuda" else None
         self._reserving: threading.Thread | None = None
@@ -84,6 +85,11 @@ class Staging:
                 self._locked.append(local.data_ptr())
             self._free[_kind(tensor)].append(host)
 
+    @property
+    def ready(self) -> bool:
+        """No memory is being made any more."""
+        return self._reserving is None or not self._reserving.is_alive()
+
     @torch.no_grad()
     def stage(self, tree: Any) -> Any:
         """The same tree in host memory. On a GPU it is filled only once ``wait`` returns."""
@@ -93,6 +99,7 @@ class Staging:
         if self._stream is None:
             return self._copy(tree)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        self._sources = tree  # not to be freed before they are read
         with torch.cuda.stream(self._stream):
             staged = self._copy(tree)
         self._copied = torch.cuda.Event()
@@ -137,6 +144,7 @@ class Staging:
         for host in self._lent:
             self._free[_kind(host)].append(host)
         self._lent = []
+        self._sources = None
 
     def close(self) -> None:
         """Give page-locked memory back."""

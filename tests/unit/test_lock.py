@@ -217,3 +217,15 @@ def test_an_unwritable_folder(run) -> None:
     with pytest.raises(JobError, match="cannot be written") as caught:
         take(lock_of(run, "a"))
     assert caught.value.code == ExitCode.CANNOT_CREATE
+
+
+def test_a_late_take_over_puts_the_new_holders_lock_back(run) -> None:
+    """Two see the same still holder; the slower one moves away what by then is the faster one's lock."""
+    old = abandoned(run)
+    faster, slower = take(lock_of(run, "a")), lock_of(run, "a")
+    slower._take_over(old.record(), pytest.fail, "was still")
+    assert still_held(run, faster.token, missing_seconds=0)
+    time.sleep(4 * BEAT)
+    assert faster.lost_to == ""
+    faster.release()
+    assert list(run.logs.iterdir()) == []

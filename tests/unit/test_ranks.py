@@ -11,6 +11,7 @@ import pytest
 from sft_job.config.topology import Topology
 from sft_job.contract import Env, ExitCode, RunFolder
 from sft_job.errors import JobError
+from sft_job.processes import state
 from sft_job.ranks import RankEnd, RankGroup, last_lines, listen, verdict
 
 
@@ -106,6 +107,8 @@ def test_stuck_ranks(tmp_path, frozen) -> None:
         if frozen:
             (pid,) = [pid for pid in ranks.pids if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")]
             os.kill(pid, signal.SIGSTOP)
+            while state(pid) != "T":  # a stop takes effect when the kernel next runs the process
+                assert time.monotonic() < deadline
         ranks.ask_for_stacks()
         answering = [0] if frozen else [0, 1]
         while not all("most recent call first" in run.rank_log(rank).read_text() for rank in answering):

@@ -78,11 +78,8 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 Save = tuple[bool, int | None, int | None, bool]
-saves = st.lists(
-    st.tuples(st.booleans(), st.one_of(st.none(), st.integers(1, 3)), st.one_of(st.none(), st.integers(0, 32)), st.booleans()),
-    min_size=1,
-    max_size=8,
-)  # fmt: skip
+keeps, killed_at = st.one_of(st.none(), st.integers(1, 3)), st.one_of(st.none(), st.integers(0, 32))
+saves = st.lists(st.tuples(st.booleans(), keeps, killed_at, st.booleans()), min_size=1, max_size=8)
 
 
 @settings(deadline=None, max_examples=40)
@@ -128,6 +125,7 @@ def test_killed_at_every_operation(tmp_path) -> None:
             clear_leftovers(run)
             found, _ = newest_whole(published(run))
             assert found in (run.step(3), run.step(4)), last
+            assert damage(run.checkpoints / run.latest.read_text()) is None
         else:
             total = last
             break
@@ -135,6 +133,20 @@ def test_killed_at_every_operation(tmp_path) -> None:
     assert total > 20
     assert published(run) == [run.step(4)]
     assert {operation for operation, _ in files.seen} == {"open", "write", "fsync", "rename", "mkdir", "remove"}
+
+
+def test_everything_is_durable_before_it_has_a_name(run) -> None:
+    files = Counting()
+    folder = save(run, 1, True, None, files)
+    named = files.seen.index(("rename", "global_step_1"))
+    pointed = files.seen.index(("rename", "latest"))
+    names = {path.name for path in folder.iterdir()} - {"manifest.json"} | {".manifest.json.tmp"}
+    for name in names:
+        assert files.seen.index(("fsync", name)) < named
+    assert files.seen.index(("fsync", ".saving_global_step_1")) < named
+    assert named < files.seen.index(("fsync", "checkpoints")) < pointed
+    assert files.seen.index(("fsync", ".latest.tmp")) < pointed
+    assert files.seen[-1] == ("fsync", "checkpoints")
 
 
 @pytest.mark.parametrize("number", [28, 5, 13])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,14 @@ def test_there_and_back(tmp_path, threads) -> None:
 def test_an_error_on_a_helper_thread_is_an_error(tmp_path) -> None:
     """torch's writer would go on with what the other threads wrote."""
 
+    failed = threading.Event()
+
     class Full(Files):
         def before(self, operation: str, path: Path) -> None:
-            if operation == "write" and path.name == "__0_1.distcp":
+            if threading.current_thread() is threading.main_thread():
+                assert failed.wait(60)  # so that one of the files is left for the helper
+            elif operation == "write":
+                failed.set()
                 raise OSError(28, "No space left on device")
 
     with pytest.raises(dcp.CheckpointException) as caught:

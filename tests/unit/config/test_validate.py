@@ -164,6 +164,7 @@ def test_every_setting_that_can_be_wrong_has_limits_here():
         "trainer.resume_path",  # has tests of its own
         "trainer.project_name",
         "trainer.experiment_name",
+        "trainer.async_save",
         "trainer.nnodes",
         "trainer.n_gpus_per_node",
         "trainer.deterministic",
