@@ -44,3 +44,26 @@ def test_data_pipeline(tmp_path: Path) -> None:
 
     table = out.with_suffix(".md").read_text(encoding="utf-8")
     assert all(f"| {line['name']} | {line['value']} |" in table for line in record["table"])
+
+
+def test_checkpoint_save(tmp_path: Path) -> None:
+    out, work = tmp_path / "save.json", tmp_path / "work"
+    work.mkdir()
+    done = subprocess.run(
+        [sys.executable, "benchmarks/checkpoint_save.py", "--folder", str(work), "--step-seconds=0.01", f"--out={out}"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not list(work.iterdir()), "temporary files are left"
+    beside, waiting = json.loads(out.read_text(encoding="utf-8"))["results"]
+    assert (beside["asynchronous"], waiting["asynchronous"]) == (True, False)
+    assert beside["said"] == waiting["said"] == []
+    for (save,) in (beside["saves"], waiting["saves"]):
+        assert save["gib"] > 0.04
+        assert save["total_seconds"] > 0
+    assert beside["saves"][0]["save_call_seconds"] < beside["saves"][0]["total_seconds"]
