@@ -1,4 +1,4 @@
-"""The tiny run that is killed: a model of some ten thousand parameters, 28 rows, 10 steps over two epochs."""
+"""The tiny run that is killed: a model of some ten thousand parameters, 28 rows, 15 steps over three epochs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ def run_overrides(inputs: Path, shape: Shape, world: int) -> tuple[str, ...]:
         "optim.lr=1e-2",
         f"ulysses_sequence_parallel_size={ulysses}",
         "trainer.logger=[]",
+        "trainer.total_epochs=3",
         f"trainer.total_training_steps={TOTAL_STEPS}",
+        # A run that is killed again and again is what its breaker is there to end.
+        "trainer.max_starts_without_progress=0",
         f"trainer.save_freq={SAVE_FREQ}",
         "trainer.test_freq=4",
         "trainer.max_ckpt_to_keep=2",

@@ -8,12 +8,15 @@ import signal
 from dataclasses import dataclass
 from enum import Enum
 
-TOTAL_STEPS = 10
+TOTAL_STEPS = 15
+"""Three epochs of five steps."""
 SAVE_FREQ = 2
 CLI_EVERY = 25
 """Every so many kills one goes through the real command in processes of its own."""
 _FEWEST_A_TRAJECTORY = 3
-_MOST_A_TRAJECTORY = 9
+_MOST_A_TRAJECTORY = 6
+# All but the last kill of a run come by this step: one that waits for its phase still leaves the next one steps to hit.
+_LAST_STEP = 10
 
 
 class Phase(Enum):
@@ -132,8 +135,7 @@ class Trajectory:
 def make_plan(kills: int, seed: int) -> list[Trajectory]:
     """Spread ``kills`` over trajectories; 24 or more meet every shape.
 
-    The kills of a trajectory are in the order of their steps, and at most two come before the run has got further:
-    a run that makes no progress is ended by its breaker.
+    The kills of a trajectory are in the order of their steps.
     """
     draw = random.Random(seed)
     by_cli = kills // CLI_EVERY
@@ -161,27 +163,30 @@ def make_plan(kills: int, seed: int) -> list[Trajectory]:
 
 def _strikes(count: int, shape: Shape, draw: random.Random, numbers: itertools.count[int]) -> tuple[Strike, ...]:
     """Kills in the order of their steps; about a third of them hit a start that recovers from another."""
-    windows = TOTAL_STEPS // SAVE_FREQ
+    windows = _LAST_STEP // SAVE_FREQ
     strikes: list[Strike] = []
-    # The window between two checkpoints that a kill falls into: at most two in each, one in the last, after which the
-    # run may be at its end.
-    places = sorted(draw.sample(sorted([*range(windows), *range(windows - 1)]), count))
+    # The window between two checkpoints that a kill falls into, at most two in each.
+    places = sorted(draw.sample(sorted([*range(windows), *range(windows)]), count))
     for at, window in enumerate(places):
         first = window * SAVE_FREQ + 1
         recovering = at > 0 and places[at - 1] == window
         step = 0 if recovering and draw.random() < 0.7 else draw.randrange(first, first + SAVE_FREQ)
-        strikes.append(_strike(next(numbers), step, first + SAVE_FREQ - 1, draw))
+        last = at == count - 1 and draw.random() < 0.5
+        strikes.append(_strike(next(numbers), step, first + SAVE_FREQ - 1, last, draw))
     return tuple(strikes)
 
 
-def _strike(number: int, step: int, save_step: int, draw: random.Random) -> Strike:
-    if step == 0:
+def _strike(number: int, step: int, save_step: int, last: bool, draw: random.Random) -> Strike:
+    if last:
+        phase = draw.choice([Phase.EXPORT, Phase.EXIT, Phase.VALIDATE, Phase.LATEST])
+        step = save_step = TOTAL_STEPS
+    elif step == 0:
         phase = draw.choice([Phase.LOAD, Phase.LOAD, Phase.FETCH, Phase.FORWARD])
-    elif save_step == TOTAL_STEPS and draw.random() < 0.5:
-        phase = draw.choice([Phase.EXPORT, Phase.EXIT, Phase.VALIDATE])
     else:
-        phase = draw.choice([*_IN_A_STEP, *_IN_A_SAVE, Phase.VALIDATE])
-    if phase in (*_IN_A_SAVE, Phase.EXPORT, Phase.EXIT):
+        # Two checkpoints are kept: nothing is removed before the third.
+        saving = [phase for phase in _IN_A_SAVE if phase is not Phase.PRUNE or save_step > 2 * SAVE_FREQ]
+        phase = draw.choice([*_IN_A_STEP, *saving, Phase.VALIDATE])
+    if phase in _IN_A_SAVE:
         step = save_step
     nth = {Phase.SAVE_SHARD: 6, Phase.FSYNC: 8, Phase.RENAME: 4, Phase.PRUNE: 5, Phase.EXPORT: 10, Phase.LOAD: 3}
     number_of_ranks = 1 if phase in (Phase.RENAME, Phase.LATEST, Phase.PRUNE, Phase.EXPORT) else 2
@@ -189,15 +194,7 @@ def _strike(number: int, step: int, save_step: int, draw: random.Random) -> Stri
     if rank:
         nth[Phase.FSYNC] = 1  # the other ranks write one file of a save
     sent = draw.choices(SIGNALS, weights=(8, 3, 2, 2, 2, 2))[0]
-    return Strike(
-        number,
-        step,
-        phase,
-        draw.randrange(nth.get(phase, 1)),
-        rank,
-        sent,
-        _target(sent, draw),
-    )
+    return Strike(number, step, phase, draw.randrange(nth.get(phase, 1)), rank, sent, _target(sent, draw))
 
 
 def _target(sent: signal.Signals, draw: random.Random) -> Target:

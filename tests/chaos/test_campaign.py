@@ -14,7 +14,7 @@ from tests.chaos.faults import FULL, Bench
 from tests.chaos.inputs import SEED_YAML, run_overrides
 from tests.chaos.mutations import check_texts
 from tests.chaos.oracle import Evidence, differences, gather, reference_faults
-from tests.chaos.plan import SAVE_FREQ, SHAPES, Phase, Target, make_plan
+from tests.chaos.plan import SAVE_FREQ, SHAPES, TOTAL_STEPS, Phase, Target, make_plan
 from tests.chaos.world import Start, run_start
 
 
@@ -25,8 +25,11 @@ def test_a_plan_has_each_kill_once_and_gets_further_between_them(kills: int) -> 
     assert numbers == list(range(1, kills + 1))
     for each in plan:
         assert each.strikes
-        windows = Counter((max(1, strike.step) - 1) // SAVE_FREQ for strike in each.strikes if strike.step)
-        assert max(windows.values(), default=0) <= 2
+        windows = [(strike.step - 1) // SAVE_FREQ for strike in each.strikes if strike.step]
+        assert windows == sorted(windows)
+        assert max(Counter(windows).values(), default=0) <= 2
+        # Whatever a kill waits for, the next one still finds a step to hit.
+        assert all(strike.step <= TOTAL_STEPS - 5 for strike in each.strikes[:-1])
 
 
 @pytest.mark.parametrize(("kills", "seed"), [(24, 1), (25, 3), (200, 1), (200, 2)])
@@ -68,7 +71,7 @@ def straight(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Evidence
 def test_an_uninterrupted_run_is_right_by_itself(straight: Evidence) -> None:
     """Each row once an epoch, another order in each, and no two ranks or steps with the same random numbers."""
     assert reference_faults(straight) == []
-    assert len(straight.ledger) == 20
+    assert len(straight.ledger) == 2 * TOTAL_STEPS
 
 
 def test_the_oracle_sees_each_difference(straight: Evidence) -> None:
@@ -85,7 +88,8 @@ def test_the_oracle_sees_each_difference(straight: Evidence) -> None:
     other.metrics[5, "train/loss"] *= 1 + 1e-7
     assert "train/loss of step 5" in differences(straight, other, exact=True)[0]
     assert differences(straight, other, exact=False) == []
-    other = dataclasses.replace(straight, folders=[*straight.folders, ".saving_global_step_4"], latest="global_step_8")
+    folders = [*straight.folders, ".saving_global_step_4"]
+    other = dataclasses.replace(straight, folders=folders, latest="global_step_8")
     assert len(differences(straight, other, exact=True)) == 2
     other = dataclasses.replace(straight, ledger=straight.ledger[:-2])
     assert "never made" in differences(straight, other, exact=True)[0]

@@ -20,7 +20,6 @@ from tests.chaos.world import Arm
 # Each kill is a run: the whole list takes minutes, and is gone through by `make chaos`.
 STRIDE = int(os.environ.get("CHAOS_STRIDE", "11"))
 FLIPS = 200
-LET = ("trainer.max_starts_without_progress=0",)  # a full disk is no progress, start after start
 
 
 def test_a_kill_at_any_file_call_of_a_save_is_gone_on_from(bench: Bench, tmp_path: Path) -> None:
@@ -129,14 +128,14 @@ def test_a_full_disk_at_each_tenth_of_a_save(bench: Bench, tmp_path: Path, stopp
             ballast = run.checkpoints / "ballast"
             for tenth in range(10):
                 _fill(run, ballast, save * tenth // 10)
-                ended = bench.start(folder, 1 + tenth, more=LET)
+                ended = bench.start(folder, 1 + tenth)
                 assert ended.code == 73, f"{tenth} tenths free: {ended.code}\n{ended.output}"
                 assert "Traceback" not in ended.output
                 steps = published(run)
                 assert steps[0].name == "global_step_2"
                 assert all(damage(path) is None for path in steps)
             ballast.unlink()
-            ended = bench.start(folder, 20, more=LET)
+            ended = bench.start(folder, 20)
             assert ended.code == 0, ended.output
             assert differences(reference, bench.evidence(folder), exact=True) == []
     except PermissionError as error:
@@ -152,12 +151,12 @@ def test_a_disk_that_fills_up_during_a_save(bench: Bench, tmp_path: Path, stoppe
     writes = sum(call.op is Op.WRITE for call in bench.traced(tmp_path / "traced")) // 2
     for number, first in enumerate(range(0, writes, max(1, writes // 10)), start=1):
         full = Arm(3, Op.WRITE, run.checkpoints, f"global_step_{STEPS}/", Act.FAIL, skip=first, value=errno.ENOSPC)
-        ended = bench.start(folder, number, full, more=LET)
+        ended = bench.start(folder, number, full)
         assert ended.code == 73, f"full from write {first} on: {ended.code}\n{ended.output}"
         assert "Traceback" not in ended.output
         assert [path.name for path in published(run)] == ["global_step_2"]
         assert damage(published(run)[0]) is None
-    ended = bench.start(folder, 99, more=LET)
+    ended = bench.start(folder, 99)
     assert ended.code == 0, ended.output
     assert differences(reference, bench.evidence(folder), exact=True) == []
 

@@ -26,7 +26,7 @@ SEEN = "seen"
 """In the control folder: how many calls the shim of an armed rank 0 saw."""
 _SUBREAPER = 36
 _FROZEN_SECONDS = 0.3
-_PATIENCE = 4
+_PATIENCE = 3
 """Steps that a strike waits for its phase."""
 
 
