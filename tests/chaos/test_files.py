@@ -18,7 +18,7 @@ from tests.chaos.shim import Act, Op
 from tests.chaos.world import Arm
 
 # Each kill is a run: the whole list takes minutes, and is gone through by `make chaos`.
-STRIDE = int(os.environ.get("CHAOS_STRIDE", "11"))
+STRIDE = int(os.environ.get("CHAOS_STRIDE", "29"))
 FLIPS = 200
 
 
