@@ -1,12 +1,16 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu bench-data format lint types build clean
+KILLS ?= 12
+SEED ?= 1
+N ?= 10000
+
+.PHONY: help setup demo test chaos chaos-files fuzz mutations test-gpu bench-data format lint types build clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 $(VENV)/.ready: pyproject.toml constraints.txt scripts/setup
 	PYTHON=$(PYTHON) scripts/setup $(VENV)
@@ -18,6 +22,18 @@ demo: $(VENV)/.ready ## Train a small model on two CPU ranks and show what it le
 
 test: $(VENV)/.ready lint types ## Run the linters, the type checker and all tests that need no GPU
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
+
+chaos: $(VENV)/.ready ## Kill runs (KILLS=200 SEED=1) and compare each with one that nobody touched; ONLY=k repeats one
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --kills $(KILLS) --seed $(SEED) $(if $(ONLY),--only $(ONLY))
+
+chaos-files: $(VENV)/.ready ## Kill a run at every single write, fsync and rename of its saves
+	OMP_NUM_THREADS=1 CHAOS_STRIDE=1 $(BIN)/pytest -n0 --timeout 3000 tests/chaos/test_files.py
+
+fuzz: $(VENV)/.ready ## Check N=10000 bad configs: never a traceback
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos.fuzz --number $(N)
+
+mutations: $(VENV)/.ready ## Put known bugs back, one at a time, and show which test catches each
+	$(BIN)/python -m tests.chaos.mutations
 
 test-gpu: ## Run the GPU tests with the python that is active
 	python3 -m pytest -m gpu tests/gpu

@@ -9,6 +9,8 @@ from typing import Any
 
 from sft_job.contract import ExitCode
 
+_MOST_SHOWN = 50
+_LONGEST_LINE = 2000
 # With several kinds of problem at once the exit code is the first of these that occurs.
 _PRIORITY = (ExitCode.CONFIG, ExitCode.DATA, ExitCode.MODEL)
 
@@ -47,7 +49,7 @@ class Problem:
         lines = [head, f"    {self.rule}"]
         if self.fix:
             lines.append(f"    fix: {self.fix}")
-        return "\n".join(lines)
+        return "\n".join(line if len(line) <= _LONGEST_LINE else f"{line[: _LONGEST_LINE - 1]}…" for line in lines)
 
 
 def _shown(value: Any, limit: int = 200) -> str:
@@ -88,7 +90,9 @@ def worst_code(problems: Iterable[Problem]) -> ExitCode:
 def problems_text(problems: Sequence[Problem]) -> str:
     """All problems under a heading that counts them."""
     count = f"{len(problems)} problem" + ("s" if len(problems) > 1 else "")
-    return "\n".join([f"{count}:", *(problem.text() for problem in problems)])
+    shown = [problem.text() for problem in problems[:_MOST_SHOWN]]
+    more = [f"... and {len(problems) - _MOST_SHOWN} more"] if len(problems) > _MOST_SHOWN else []
+    return "\n".join([f"{count}:", *shown, *more])
 
 
 def raise_problems(problems: Sequence[Problem]) -> None:

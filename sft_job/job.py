@@ -289,8 +289,8 @@ def _loggers(config: JobConfig, run: RunFolder, state: RunState) -> Loggers:
         run,
         total_steps=state.total_steps,
         resume_step=state.step,
-        project=trainer.project_name,
-        experiment=trainer.experiment_name,
+        project=state.config["trainer.project_name"],  # without secrets of the environment
+        experiment=state.config["trainer.experiment_name"],
         config=state.config,
     )
 

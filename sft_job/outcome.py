@@ -11,6 +11,7 @@ from sft_job import __version__
 from sft_job.checkpoint.folder import published, state_or_none, write_durably
 from sft_job.checkpoint.start import Start
 from sft_job.checkpoint.state import RunState
+from sft_job.config.secrets import SecretMask
 from sft_job.contract import ExitCode, RunFolder
 from sft_job.ranks import RankEnd
 from sft_job.starts import RUNNING
@@ -94,4 +95,4 @@ def write_outcome(
         "version": __version__,
         "commit": commit(environ),
     }
-    write_durably(run.outcome, json.dumps(record, indent=1) + "\n")
+    write_durably(run.outcome, json.dumps(SecretMask(environ).tree(record), indent=1) + "\n")

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 
 from sft_job.config.load import load_resolved, run_folder
+from sft_job.config.secrets import secrets_hidden
 from sft_job.contract import STACK_SIGNAL, STOP_SIGNALS, Env, ExitCode
 from sft_job.data.mixture import Rows, named_caches
 from sft_job.data.places import write_places
@@ -102,4 +103,6 @@ def refuse_unknown_ids(hf_config: Any, *rows: Rows | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with secrets_hidden(os.environ):
+        code = main()
+    sys.exit(code)

@@ -9,7 +9,6 @@ import contextlib
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from sft_job.checkpoint.start import START_FILE, Start, fetch_remote, find_start
 from sft_job.config.load import Loaded, dump_config, origins_text, run_folder
 from sft_job.config.resolve import Resolution, resolve
 from sft_job.config.schema import JobConfig
+from sft_job.config.secrets import SecretMask
 from sft_job.config.topology import Topology, count_gpus
 from sft_job.contract import Env, ExitCode, RunFolder
 from sft_job.data.files import check_data
@@ -122,7 +122,8 @@ class Supervisor:
             starts = begin_start(run, start.step, last)
             try:
                 if lock is not None:
-                    shutil.copyfile(resolved, run.config)
+                    text = SecretMask(self._environ).text(dump_config(resolution.loaded))
+                    run.config.write_text(text, encoding="utf-8")
                     write_durably(run.starts, starts.to_json())
                     write_outcome(run, None, restarts, omitted, self._environ)
             except OSError as error:

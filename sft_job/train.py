@@ -22,6 +22,7 @@ import torch.distributed as dist
 from sft_job.config.load import load_resolved
 from sft_job.config.resolve import resolve
 from sft_job.config.schema import JobConfig
+from sft_job.config.secrets import secrets_hidden
 from sft_job.config.topology import count_gpus
 from sft_job.contract import STACK_SIGNAL, Env, ExitCode
 from sft_job.data.files import check_data
@@ -138,7 +139,8 @@ def _report(code: ExitCode, message: str, ending: Ending | None) -> None:
 
 
 if __name__ == "__main__":
-    exit_code = main()
+    with secrets_hidden(os.environ):
+        exit_code = main()
     sys.stdout.flush()
     sys.stderr.flush()
     # A rank whose peers are gone may hang in the teardown of its process group.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 
 from sft_job.config.schema import JobConfig
+from sft_job.config.secrets import SecretMask
 from sft_job.config.sets import normal_sets
 
 STATE_FILE = "state.json"
@@ -184,11 +186,15 @@ def saved_config(state: RunState) -> JobConfig:
 
 
 def flat_config(config: JobConfig) -> dict[str, Any]:
-    """All settings by their full path, in values that JSON keeps as they are."""
+    """All settings by their full path, in values that JSON keeps as they are; secrets of the environment are hidden.
+
+    What this gives is stored, sent to trackers and compared when a run goes on: a new key is no other setting.
+    """
     tree = dataclasses.asdict(config)
     for key in ("train_files", "val_files"):
         tree["data"][key] = normal_sets(tree["data"][key])
-    return dict(_flatten("", tree))
+    mask = SecretMask(os.environ)
+    return {key: mask.tree(value) for key, value in _flatten("", tree)}
 
 
 def _flatten(prefix: str, tree: dict[str, Any]) -> Iterator[tuple[str, Any]]:

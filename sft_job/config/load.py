@@ -29,6 +29,7 @@ from sft_job.errors import Problem, raise_problems
 
 _RUN_FOLDER_KEY = "trainer.default_local_dir"
 _COMMAND_LINE = "command line"
+_LONGEST_SHOWN = 500
 
 
 @dataclass
@@ -370,4 +371,5 @@ def _first_line(error: Exception) -> str:
 
 def _one_line(value: Any) -> str:
     words = {None: "null", True: "true", False: "false"}
-    return words[value] if value is None or isinstance(value, bool) else str(value).replace("\n", "\\n")
+    text = words[value] if value is None or isinstance(value, bool) else str(value).replace("\n", "\\n")
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 1]}…"

@@ -28,6 +28,8 @@ _KINDS = {
     dict: "a mapping",
 }
 _NO_VALUE = object()
+_MOST_BITS = 14_000
+"""Python shows whole numbers of up to 4,300 digits."""
 
 
 @dataclass(frozen=True)
@@ -248,11 +250,15 @@ class NodeReader:
         if foreign:
             return _NO_VALUE
         try:
-            return self.loader.construct_object(node, deep=True)
+            value = self.loader.construct_object(node, deep=True)
         except (yaml.YAMLError, ValueError, KeyError, TypeError, OverflowError) as error:
             said = getattr(error, "problem", None) or error
             self.problem(path, node, f"cannot be read: {said}", "put the value in quotes, or write it plainly")
             return _NO_VALUE
+        if _holds_endless_number(value):
+            self.problem(path, node, "holds a number of thousands of digits", "write a number that can be used")
+            return _NO_VALUE
+        return value
 
 
 def wrong_type(field: Field, value: Any) -> tuple[str, str]:
@@ -317,6 +323,15 @@ def _foreign_tags(node: yaml.Node) -> list[yaml.Node]:
         children = [each for pair in cast("list[tuple[yaml.Node, yaml.Node]]", node.value) for each in pair]
     found = [] if node.tag in _PLAIN_TAGS else [node]
     return found + [each for child in children for each in _foreign_tags(child)]
+
+
+def _holds_endless_number(value: Any) -> bool:
+    """Base 16 and base 60 write whole numbers that Python makes, but refuses to show."""
+    if isinstance(value, dict):
+        return any(_holds_endless_number(each) for pair in cast("dict[Any, Any]", value).items() for each in pair)
+    if isinstance(value, list):
+        return any(map(_holds_endless_number, cast("list[Any]", value)))
+    return isinstance(value, int) and value.bit_length() > _MOST_BITS
 
 
 def _node_kind(node: yaml.Node) -> str:

@@ -74,3 +74,19 @@ def test_round_trip(tmp_path) -> None:
     (tmp_path / "state.json").write_text('{"step": 1}')
     with pytest.raises(ValueError, match=r"state\.json"):
         read_state(tmp_path)
+
+
+def test_secrets_of_the_environment_are_in_no_state(monkeypatch) -> None:
+    """They stand by the name of their variable; another value of it is no other setting."""
+    config = JobConfig()
+    config.trainer.experiment_name = "run canary-one"
+    config.data.apply_chat_template_kwargs = {"note": ["canary-one"]}
+    monkeypatch.setenv("MY_PASSWORD", "canary-one")
+    saved = state_of(config)
+    assert saved.config["trainer.experiment_name"] == "run <secret MY_PASSWORD>"
+    assert "canary-one" not in json.dumps(saved.config)
+    monkeypatch.setenv("MY_PASSWORD", "canary-two")
+    config.trainer.experiment_name = "run canary-two"
+    config.data.apply_chat_template_kwargs = {"note": ["canary-two"]}
+    changes = compare_config(saved, config)
+    assert (changes.refused, changes.longer, changes.safe) == ((), (), ())

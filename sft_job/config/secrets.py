@@ -1,0 +1,104 @@
+"""Secrets of the environment: found by the names of their variables, hidden wherever text leaves the process.
+
+A setting may use a variable (``${oc.env:NAME}``), and a library may put any value into an error. So the value is
+hidden, wherever it came from: in what is shown, logged, reported, and stored with a checkpoint. A hidden value stands
+as ``<secret NAME>``, so that two starts with different keys have equal settings: a key never decides what is computed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from collections.abc import Generator, Mapping
+from typing import Any, TextIO, cast
+
+_NAME = re.compile(
+    r"(^|_)(API_?KEYS?|KEYS?|TOKENS?|SECRETS?|PASSWORDS?|PASSWD|PASS|PASSPHRASE|CREDENTIALS?|PAT|WEBHOOK)(_|\d|$)",
+    re.IGNORECASE,
+)
+# These say where a secret lies, not what it is.
+_PLACE = re.compile(r"_(FILE|PATH|DIR|FOLDER|SOCK|NAME|MODE)$", re.IGNORECASE)
+_SHORTEST = 8
+"""A shorter value is a word that may stand anywhere: hiding it would make everything unreadable and protect nothing."""
+# Values that say themselves what they are, where they stand: keys of well-known services, passwords in addresses.
+_FORMS = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|xox[abprs]-[\w-]{20,}"
+    r"|A(?:KIA|SIA)[A-Z0-9]{16}|glpat-[\w-]{20,}|AIza[\w-]{35})"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)"
+    r"|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)"
+)
+
+
+class SecretMask:
+    """Hides the secrets of one environment in text.
+
+    Args:
+        environ: environment variables.
+    """
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        found = {value: name for name, value in sorted(environ.items(), reverse=True) if _is_secret(name, value)}
+        self._names = {form: name for value, name in found.items() for form in _forms_of(value)}
+        # The longest first: one secret may begin with another.
+        choices = sorted(self._names, key=len, reverse=True)
+        self._values = re.compile("|".join(map(re.escape, choices))) if choices else None
+
+    def text(self, text: str) -> str:
+        """The text with every secret in it replaced by ``<secret NAME>``, or ``<secret>`` where only its form tells."""
+        if self._values is not None:
+            text = self._values.sub(lambda match: f"<secret {self._names[match.group()]}>", text)
+        return _FORMS.sub("<secret>", text)
+
+    def tree(self, value: Any) -> Any:
+        """The same for every text in nested lists and dictionaries."""
+        if isinstance(value, str):
+            return self.text(value)
+        if isinstance(value, dict):
+            return {self.tree(key): self.tree(each) for key, each in cast("dict[Any, Any]", value).items()}
+        if isinstance(value, list | tuple):
+            return [self.tree(each) for each in cast("list[Any]", value)]
+        return value
+
+
+def _is_secret(name: str, value: str) -> bool:
+    return len(value) >= _SHORTEST and _NAME.search(name) is not None and _PLACE.search(name) is None
+
+
+def _forms_of(value: str) -> set[str]:
+    """A value as it is, and as Python and JSON write it in quotes."""
+    stripped = value.strip()
+    return {value, repr(value)[1:-1], value.encode("unicode_escape").decode()} | (
+        {stripped} if len(stripped) >= _SHORTEST else set[str]()
+    )
+
+
+class _MaskedStream:
+    """A text stream that hides secrets in what is written; everything else is the stream's own."""
+
+    def __init__(self, stream: TextIO, mask: SecretMask) -> None:
+        self._stream = stream
+        self._mask = mask
+
+    def write(self, text: str) -> int:
+        self._stream.write(self._mask.text(text))
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def secrets_hidden(environ: Mapping[str, str]) -> Generator[SecretMask]:
+    """Hide secrets in all that Python writes to standard output and error while the block lasts.
+
+    What is written piece by piece is looked at piece by piece: log records, tracebacks' lines and messages come whole.
+    """
+    mask = SecretMask(environ)
+    out, err = _MaskedStream(sys.stdout, mask), _MaskedStream(sys.stderr, mask)
+    with contextlib.redirect_stdout(cast("TextIO", out)), contextlib.redirect_stderr(cast("TextIO", err)):
+        yield mask
