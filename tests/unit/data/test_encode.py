@@ -103,7 +103,8 @@ def test_a_rows_text_adds_no_control_id(kind: str, user: str, second: str) -> No
     ((ids, offsets),) = subject.encode_with_offsets([text])
     assert subject.encode([text, "a", text]) == [ids, subject.encode(["a"])[0], ids]
     assert controls(subject, ids) == [subject.control_ids["<|im_start|>"], subject.control_ids["<|im_end|>"]]
-    assert restore(told) == user.strip() + second.strip()
+    # Space beside a control token may be hidden with it, where a normalizer would join the two.
+    assert "".join(restore(told).split()) == "".join((user + second).split())
     assert offsets is not None
     assert (ids[0], offsets[0]) == (subject.control_ids["<|im_start|>"], (0, 12))
     assert (ids[-1], offsets[-1]) == (subject.control_ids["<|im_end|>"], (len(text) - 10, len(text)))

@@ -69,7 +69,7 @@ def test_long_rows_are_cut_in_the_middle(stream: MakeStream, texts: TokenTexts, 
 
 def test_report(cache: TokenCache) -> None:
     target = io.StringIO()
-    show_report(Console(file=target, width=100, highlight=False), set_report("train", cache))
+    show_report(Console(file=target, width=400, highlight=False), set_report("train", cache))
     out = target.getvalue()
     assert re.search(r"trained on +23 \(100\.0 %\)", out)
     assert "█" in out
