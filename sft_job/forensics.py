@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sft_job.config.schema import JobConfig
 from sft_job.contract import RunFolder
 from sft_job.data.batches import StepBatch
 from sft_job.data.mixture import Rows
+from sft_job.data.tokenizer import load_tokenizer
 
 _NAMED = 8
 
@@ -96,3 +98,13 @@ class BadSteps:
             "trained_tokens": int(row.trained[1:].sum()),
             "text": self._decode(row.ids.tolist()),
         }
+
+
+def decoder(config: JobConfig) -> Callable[[list[int]], str]:
+    """Ids to text; the tokenizer is loaded when it is first needed, which is seldom."""
+
+    def decode(ids: list[int]) -> str:
+        tokenizer: Any = load_tokenizer(config.model.partial_pretrain, config.model.trust_remote_code)
+        return tokenizer.decode(ids)
+
+    return decode

@@ -9,12 +9,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 from sft_job import __version__
+from sft_job.announce import tell_start
 from sft_job.checkpoint.checkpointer import ADAPTER, HUGGINGFACE, Checkpointer, SavePolicy
 from sft_job.checkpoint.distributed import on_first_rank
 from sft_job.checkpoint.files import Files
@@ -39,13 +38,12 @@ from sft_job.data.order import FileOrder, StepRows
 from sft_job.data.packing import pack_settings
 from sft_job.data.places import open_places
 from sft_job.data.prepare import prepare
-from sft_job.data.tokenizer import load_tokenizer
 from sft_job.deadline import REASON as DEADLINE
 from sft_job.errors import JobError
 from sft_job.evaluate import EvaluationRows, ValidationLoss, validation_loss
 from sft_job.export import export_live
-from sft_job.forensics import BadSteps
-from sft_job.lock import lost_lock, still_held
+from sft_job.forensics import BadSteps, decoder
+from sft_job.lock import confirm_lock
 from sft_job.memory import is_out_of_memory, memory_by_kind, out_of_memory_text, remedies, shapes_text
 from sft_job.metrics.flops import FlopsShape, model_flops, peak_flops
 from sft_job.metrics.loggers import Loggers, make_loggers
@@ -54,10 +52,10 @@ from sft_job.model.build import build_model
 from sft_job.model.causal_lm import CausalLMLoss
 from sft_job.model.lora import uses_lora
 from sft_job.model.precision import precision_of
-from sft_job.optimizer import build_optimizer, learning_rate
+from sft_job.optimizer import build_optimizer
 from sft_job.parallel.mesh import Mesh, build_mesh
 from sft_job.pulse import FINISHING, LOADING, TRAINING
-from sft_job.rehearsal import accumulates, heaviest_rows, rehearse
+from sft_job.rehearsal import longest_batches, rehearse
 from sft_job.runtime import Runtime, StopWish, agree, peak_memory
 from sft_job.trainer import Ending, Schedule, Trainer
 
@@ -103,6 +101,7 @@ class Job:
         first, last = self.trainer.state.step, self.trainer.schedule.total_steps
         with self._memory_explained("in the rehearsal of the longest batch, before step"):
             self._rehearse()
+        self.runtime.pulse.enter(TRAINING)
         with self._memory_explained("at step"), contextlib.closing(self.loader.steps(first, last)) as batches:
             ending = self.trainer.run(batches)
         self.runtime.pulse.enter(FINISHING)
@@ -164,7 +163,6 @@ def train(config: JobConfig, runtime: Runtime, stop: StopWish) -> Ending | None:
             times = 2 if start.checkpoint is not None else 4
             stop.deadline.expect_save(_FIRST_SAVE_SECONDS + times * (time.monotonic() - began))
         _leave_if_asked(runtime, stop)
-        runtime.pulse.enter(TRAINING)
         return job.run()
 
 
@@ -223,7 +221,7 @@ def build_job(config: JobConfig, runtime: Runtime, stop: StopWish, start: Start,
         ADAPTER if uses_lora(config.model) else HUGGINGFACE,
         lambda folder, meet: export_live(folder, module.lm, config, runtime.device, write=runtime.is_first, meet=meet),
         None if store is None else store.upload,
-        confirm=confirm_lock(run),
+        confirm=confirm_lock(run, os.environ),
         warn=None if loggers is None else loggers.warning,
         files=files,
     )
@@ -233,7 +231,7 @@ def build_job(config: JobConfig, runtime: Runtime, stop: StopWish, start: Start,
 
     shape = FlopsShape.from_config(module.lm.config)
     if loggers is not None:
-        _tell_start(loggers, config, attention, schedule, rows, validation, state)
+        tell_start(loggers, config, attention, rows, validation, state)
     trainer = Trainer(
         config,
         runtime,
@@ -251,29 +249,13 @@ def build_job(config: JobConfig, runtime: Runtime, stop: StopWish, start: Start,
             supervised_tokens=state.supervised_tokens,
         ),
         lambda batch: model_flops(shape, rows.lengths[batch.row_ids].tolist(), frozen_weights=uses_lora(config.model)),
-        BadSteps(run, rows, _decoder(config), runtime.is_first),
+        BadSteps(run, rows, decoder(config), runtime.is_first),
         loggers,
         stop,
     )
     loader = _loader(config, rows, order, mesh)
-    longest = _longest(config, rows, loader, mesh)
+    longest = longest_batches(config, rows, loader, mesh.layout.dp_size)
     return Job(config, runtime, module, optimizer, trainer, loader, loggers, store, checkpointer, longest)
-
-
-def confirm_lock(run: RunFolder) -> Callable[[], None] | None:
-    """What asks before a checkpoint is published whether the supervisor still holds the run folder; None without one.
-
-    The callable raises a JobError (73) where another run has taken the folder over.
-    """
-    token = os.environ.get(Env.LOCK)
-    if token is None:
-        return None
-
-    def confirm() -> None:
-        if not still_held(run, token):
-            raise lost_lock(run)
-
-    return confirm
 
 
 def make_schedule(config: JobConfig, steps_per_epoch: int) -> Schedule:
@@ -305,46 +287,6 @@ def _store(config: JobConfig, run: RunFolder, loggers: Loggers | None) -> Remote
     return store
 
 
-def _tell_start(
-    logger: Loggers,
-    config: JobConfig,
-    attention: str,
-    schedule: Schedule,
-    rows: Rows,
-    validation: Rows | None,
-    state: RunState,
-) -> None:
-    reports = [cache.report for cache in named_caches(rows).values()]
-    for line in dict.fromkeys(line for report in reports for line in (*report["notes"], *report["warnings"])):
-        logger.message(line)
-    for line in _set_lines(rows):
-        logger.message(line)
-    tokens = int(rows.lengths.sum(dtype="int64"))
-    logger.message(
-        f"{rows.num_rows:,} training rows, {tokens:,} tokens; validation rows: "
-        f"{validation.num_rows if validation else 0:,}; {attention}"
-    )
-    total = schedule.total_steps
-    logger.message(f"steps {state.step} to {total}, {schedule.steps_per_epoch} an epoch")
-    quarters = {total * part // 4 for part in (1, 2, 3)}
-    places = sorted(step for step in {state.step, *quarters, total - 1} if state.step <= step < total)
-    curve = ", ".join(f"{learning_rate(config.optim, step, total):.3g} at step {step + 1}" for step in places)
-    logger.message(f"learning rate ({config.optim.lr_scheduler}): {curve}")
-
-
-def _set_lines(rows: Rows) -> list[str]:
-    """What each named set is, and what an epoch takes of it."""
-    if not isinstance(rows, Mixture):
-        return []
-    total = sum(rows.entries)
-    lines: list[str] = []
-    for each, count in zip(rows.sets, rows.entries, strict=True):
-        tokens = int(each.cache.lengths.sum(dtype="int64"))
-        share = f"{count:,} of an epoch's {total:,} rows ({count / total:.1%})"
-        lines.append(f"data set {each.name}: {each.cache.num_rows:,} rows, {tokens:,} tokens; {share}")
-    return lines
-
-
 def _sources(old: RunState | None, rows: Rows) -> dict[str, SourceState]:
     """The ledger of named data sets at a start; of sets that are no more, what was seen stays in it."""
     before = old.sources if old else {}
@@ -365,6 +307,7 @@ def _begin_state(config: JobConfig, start: Start, schedule: Schedule, rows: Rows
         epoch=old.epoch if old else 0,
         rows_done=old.rows_done if old else 0,
         tokens=old.tokens if old else 0,
+        skipped_steps=old.skipped_steps if old else 0,
         supervised_tokens=old.supervised_tokens if old else 0,
         loss=old.loss if old else None,
         world=mesh.layout.world,
@@ -382,26 +325,6 @@ def _open_rows(config: JobConfig, run: RunFolder) -> tuple[Rows, Rows | None]:
     """The caches that were made before the ranks started; without a supervisor the first rank to come makes them."""
     reports = os.environ.get(Env.REPORT_DIR)
     return open_places(Path(reports)) if reports is not None else prepare(config, run)
-
-
-def _decoder(config: JobConfig) -> Callable[[list[int]], str]:
-    """Ids to text; the tokenizer is loaded when it is first needed, which is seldom."""
-
-    def decode(ids: list[int]) -> str:
-        tokenizer: Any = load_tokenizer(config.model.partial_pretrain, config.model.trust_remote_code)
-        return tokenizer.decode(ids)
-
-    return decode
-
-
-def _longest(config: JobConfig, rows: Rows, loader: BatchLoader, mesh: Mesh) -> list[PackedBatch]:
-    """The largest micro-batch of the run, twice where gradients accumulate; none without a rehearsal."""
-    if not config.trainer.rehearsal:
-        return []
-    settings, size = pack_settings(config), config.data.train_batch_size
-    lengths = rows.lengths[np.arange(rows.num_rows)]
-    batch = loader.pack(heaviest_rows(lengths, settings, size))
-    return [batch] * (1 + accumulates(lengths, settings, size, mesh.layout.dp_size))
 
 
 def _loader(config: JobConfig, rows: Rows, order: StepRows, mesh: Mesh) -> BatchLoader:

@@ -328,3 +328,19 @@ def _born(pid: int) -> str:
 def _is_gone(holder: Holder, me: Holder) -> bool:
     """The holder ran where this process runs, and runs no more."""
     return bool(holder.place) and holder.place == me.place and _born(holder.pid) != holder.born
+
+
+def confirm_lock(run: RunFolder, environ: Mapping[str, str]) -> Callable[[], None] | None:
+    """What asks before a checkpoint is published whether the supervisor still holds the run folder; None without one.
+
+    The callable raises a JobError (73) where another run has taken the folder over.
+    """
+    token = environ.get(Env.LOCK)
+    if token is None:
+        return None
+
+    def confirm() -> None:
+        if not still_held(run, token):
+            raise lost_lock(run)
+
+    return confirm

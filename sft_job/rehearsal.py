@@ -12,10 +12,22 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from sft_job.data.batches import PackedBatch
-from sft_job.data.packing import PackSettings, plan_batch
+from sft_job.config.schema import JobConfig
+from sft_job.data.batches import BatchLoader, PackedBatch
+from sft_job.data.mixture import Rows
+from sft_job.data.packing import PackSettings, pack_settings, plan_batch
 
 _TRIED = 64
+
+
+def longest_batches(config: JobConfig, rows: Rows, loader: BatchLoader, dp_size: int) -> list[PackedBatch]:
+    """The largest micro-batch of the run, twice where gradients accumulate; none without a rehearsal."""
+    if not config.trainer.rehearsal:
+        return []
+    settings, size = pack_settings(config), config.data.train_batch_size
+    lengths = rows.lengths[np.arange(rows.num_rows)]
+    batch = loader.pack(heaviest_rows(lengths, settings, size))
+    return [batch] * (1 + accumulates(lengths, settings, size, dp_size))
 
 
 def heaviest_rows(lengths: npt.NDArray[np.int32], settings: PackSettings, batch_rows: int) -> list[int]:
