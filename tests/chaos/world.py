@@ -366,8 +366,9 @@ class Watch:
         if self._strike is not None and (self._step or 0) >= self._strike.step + _PATIENCE:
             self._shim.strike(Phase.FORWARD.value)  # its phase has not come: kills that follow need steps to train
         (batch,) = arguments
-        for tensor in (batch.input_ids, batch.position_ids, batch.targets):
-            self._tokens.update(tensor.numpy().tobytes())
+        if self._step is not None:  # what comes before the first batch is the rehearsal
+            for tensor in (batch.input_ids, batch.position_ids, batch.targets):
+                self._tokens.update(tensor.numpy().tobytes())
         self._meet(Phase.FORWARD)
 
     def _after_forward(self, module: Any, arguments: Any, output: Any) -> None:
