@@ -251,7 +251,7 @@ class NodeReader:
             return _NO_VALUE
         try:
             value = self.loader.construct_object(node, deep=True)
-        except (yaml.YAMLError, ValueError, KeyError, TypeError, OverflowError) as error:
+        except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             said = getattr(error, "problem", None) or error
             self.problem(path, node, f"cannot be read: {said}", "put the value in quotes, or write it plainly")
             return _NO_VALUE
