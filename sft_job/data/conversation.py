@@ -23,6 +23,9 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 FLAGS = ("loss", "train", "weight", "loss_mask")
 # Strings in JSON may name halves of a pair, which no tokenizer takes.
 _ESCAPED_SURROGATE = ("\\ud", "\\uD")
+# Templates, encoders and Python itself work on nested values by recursion, several calls for each level.
+MOST_LEVELS = 100
+_TOO_DEEP = f"is nested deeper than {MOST_LEVELS} levels"
 
 Message = dict[str, Any]
 
@@ -81,6 +84,8 @@ def conversation(
     if unreadable:
         return unreadable
     try:
+        _check_depth(messages, "messages")
+        _check_depth(tools, "tools")
         entries = _entries(without_nulls(messages), "messages")
         if not entries:
             raise _RowError("messages is empty" if messages is not None else "messages is null")
@@ -92,6 +97,8 @@ def conversation(
         )
     except _RowError as error:
         return Unreadable(str(error))
+    except RecursionError:
+        return Unreadable(f"the row {_TOO_DEEP}")
 
 
 def _trained(messages: Sequence[Message], flags: Sequence[bool | None], train_on: str) -> tuple[bool, ...]:
@@ -236,14 +243,28 @@ def without_nulls(value: Any) -> Any:
 def _json(text: str, path: str) -> Any:
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise _RowError(f"{path} {_TOO_DEEP}") from error
+    except ValueError as error:
         raise _RowError(f"{path} is not valid JSON: {error}") from error
+    if text.count("[") + text.count("{") > MOST_LEVELS:
+        _check_depth(value, path)
     if any(mark in text for mark in _ESCAPED_SURROGATE):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             raise _RowError(f"{path} holds half of a surrogate pair, which is no character") from error
     return value
+
+
+def _check_depth(value: Any, path: str) -> None:
+    """Refuse a value with too many levels of lists and mappings; needs no recursion itself."""
+    level, depth = [value], 0
+    while level := [each for each in level if isinstance(each, list | dict)]:
+        depth += 1
+        if depth > MOST_LEVELS:
+            raise _RowError(f"{path} {_TOO_DEEP}")
+        level = [item for each in level for item in (each.values() if isinstance(each, dict) else each)]
 
 
 def _shown(value: Any) -> str:

@@ -146,3 +146,31 @@ def test_tools_and_thinking_that_cannot_be_read() -> None:
     assert refusal([USER, ANSWER], None, 2) == "enable_thinking is 2, expected true or false"
     assert refusal([USER, ANSWER], None, Unreadable("no UTF-8")) == "no UTF-8"
     assert read([USER, ANSWER], "[]", 1) == Conversation([USER, ANSWER], None, True, (False, True))
+
+
+def nested(levels: int) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for _ in range(levels - 1):
+        value = {"a": value}
+    return value
+
+
+def call_with(arguments: Any) -> list[dict[str, Any]]:
+    return [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]
+
+
+@pytest.mark.parametrize("levels", [101, 600, 100_000])
+def test_what_is_nested_too_deeply_is_refused(levels: int) -> None:
+    path = "messages[1].tool_calls[0].function.arguments"
+    text = '{"a":' * (levels - 1) + "{}" + "}" * (levels - 1)
+    assert refusal(call_with(text)) == f"{path} is nested deeper than 100 levels"
+    assert refusal(call_with(nested(levels))) == "messages is nested deeper than 100 levels"
+    tool = {"name": "f", "parameters": text}
+    assert refusal([USER, ANSWER], [tool]) == "tools[0].function.parameters is nested deeper than 100 levels"
+    assert refusal([USER, ANSWER], "[" * levels + "]" * levels) == "tools is nested deeper than 100 levels"
+    assert refusal("[" * levels + "]" * levels) == "messages is nested deeper than 100 levels"
+
+
+def test_what_is_nested_just_deeply_enough_is_read() -> None:
+    found = read(call_with(json.dumps(nested(100))))
+    assert found.messages[1]["tool_calls"][0]["function"]["arguments"] == nested(100)

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pytest
 
 from sft_job.config.schema import JobConfig
 from sft_job.data.cache import CacheSpec, TokenCache, cache_spec, open_or_build
 from sft_job.data.columns import Column, message_columns
+from sft_job.data.faults import Fault
 from sft_job.data.files import check_data
+from sft_job.data.message_rows import MessageRow, message_rows
+from sft_job.data.messages import MessageRenderer, Rejected
 from sft_job.data.sample import check_sample
 from sft_job.data.template_check import check_template
 from sft_job.data.tokenizer import load_tokenizer
@@ -81,6 +85,66 @@ def test_rows_that_cannot_be_masked_are_named(spec: MakeSpec, save_tokenizer: An
     problems = check_sample(subject, 100).problems
     assert "row 2: TemplateError: no" in problems[0].rule
     assert "row 0: messages[1]: neither generation blocks nor" in problems[1].rule
+
+
+TOOLS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ m.get('reasoning_content', '')[:3] }}"
+    "{% for c in m.tool_calls %}{{ c.function.arguments | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
+)
+
+
+def with_call(arguments: Any) -> list[dict[str, Any]]:
+    return [USER, {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": arguments}]}]
+
+
+@pytest.mark.parametrize("levels", [95, 600])
+def test_a_deeply_nested_cell_costs_its_row_alone(
+    spec: MakeSpec, save_tokenizer: Any, tmp_path: Path, levels: int
+) -> None:
+    folder = save_tokenizer(TOOLS, name="tools", eos_token="<|im_end|>")
+    deep = '{"graph<|im_end|>":' * levels + "{}" + "}" * levels
+    rows = [json.dumps(SHORT), json.dumps(with_call(deep)), json.dumps(with_call("{}")), json.dumps(SHORT)]
+    tools = [None, None, None, "[" * levels + "]" * levels]
+    subject = spec(
+        write(tmp_path / "a.parquet", messages=rows, tools=tools), messages=columns(), tokenizer=folder, max_length=9999
+    )
+    report = open_or_build(subject, tmp_path / "cache", 1).report
+    assert report["rejected"] == {"no_text": 2 if levels > 100 else 1}
+
+
+def test_a_stack_that_overflows_costs_its_row_alone() -> None:
+    class Renderer:
+        """Fails as a renderer does on what is nested too deeply."""
+
+        def render(self, conversations: list[Any]) -> list[Any]:
+            if any(each.messages[0]["content"] == "deep" for each in conversations):
+                raise RecursionError("maximum recursion depth exceeded")
+            return [Rejected(Fault.NOT_PROVED, "as usual") for _ in conversations]
+
+    deep = [{"role": "user", "content": "deep"}, ANSWER]
+    batch = pa.record_batch({"messages": [SHORT, deep, SHORT]})
+    found = list(message_rows(Renderer(), batch, columns(), "all", None))  # type: ignore[arg-type]
+    assert [row.row.reason for row in found if isinstance(row, MessageRow) and isinstance(row.row, Rejected)] == [
+        "as usual",
+        "the row is nested too deeply: maximum recursion depth exceeded",
+        "as usual",
+    ]
+
+
+def test_huge_rows_are_measured_with_all_their_texts(save_tokenizer: Any) -> None:
+    folder = save_tokenizer(TOOLS, name="tools", eos_token="<|im_end|>")
+    renderer = MessageRenderer(load_tokenizer(folder))
+    dropped = [USER, {**ANSWER, "reasoning_content": "leaf" * 500}]
+    rows = [SHORT, with_call({"q": ["walk" * 500]}), dropped]
+    batch = pa.record_batch({"messages": [json.dumps(row) for row in rows]})
+    found = sorted(message_rows(renderer, batch, columns(), "all", 1000), key=lambda row: row[0])
+    assert [isinstance(row, MessageRow) for row in found] == [True, False, True]
+    number, size = found[1][:2]
+    # What the template leaves out does not count.
+    assert number == 1
+    assert isinstance(size, int)
+    assert 2000 < size < 2100
 
 
 def config(tmp_path: Path, folder: Path, **multiturn: Any) -> JobConfig:
