@@ -211,7 +211,7 @@ def _column_texts(array: pa.Array, column: Column) -> list[Cell]:
 
 
 def python_values(array: pa.Array) -> list[Any]:
-    """Values of an array; a cell that is not valid UTF-8 (a lone surrogate, say) or nested too deeply becomes Unreadable."""
+    """Values of an array; a cell that is not valid UTF-8 (a lone surrogate) or nested too deeply becomes Unreadable."""
     try:
         return array.to_pylist()
     except (UnicodeDecodeError, RecursionError):
