@@ -28,11 +28,13 @@ class MessageRow(NamedTuple):
         number: of the row in its batch.
         row: its tokens, or why there are none.
         turns: the row without its oldest turns.
+        rewritten: as ``Conversation.rewritten``.
     """
 
     number: int
     row: Rendered | Rejected
     turns: Turns | None = None
+    rewritten: str = ""
 
 
 def message_rows(
@@ -78,7 +80,7 @@ def _rendered(renderer: MessageRenderer, chunk: Sequence[tuple[int, Conversation
         return
     for (number, conversation), row in zip(chunk, rows, strict=True):
         turns = Turns(count_turns(conversation.messages), partial(_without_oldest, renderer, conversation))
-        yield MessageRow(number, row, turns)
+        yield MessageRow(number, row, turns, conversation.rewritten)
 
 
 def characters(value: Any) -> int:

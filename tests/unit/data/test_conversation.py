@@ -174,3 +174,20 @@ def test_what_is_nested_too_deeply_is_refused(levels: int) -> None:
 def test_what_is_nested_just_deeply_enough_is_read() -> None:
     found = read(call_with(json.dumps(nested(100))))
     assert found.messages[1]["tool_calls"][0]["function"]["arguments"] == nested(100)
+
+
+@pytest.mark.parametrize(
+    ("text", "example"),
+    [
+        ('{"q": 1.5, "n": [-3, 0, 12345678901234567890, true], "t": "1.10"}', ""),
+        ('{"q": 1.10, "z": 1e5}', "1.10 becomes 1.1"),
+        ('{"z": 1e5}', "1e5 becomes 100000.0"),
+        ('{"z": -0}', "-0 becomes 0"),
+        ('{"z": 0.1000000000000000055}', "0.1000000000000000055 becomes 0.1"),
+        ('{"a": {"b": 1, "b": 2}}', "of several 'b' in one mapping the last is kept"),
+    ],
+)
+def test_json_that_is_written_again_in_other_words(text: str, example: str) -> None:
+    assert read(call_with(text)).rewritten == example
+    assert read(json.dumps(call_with(text))).rewritten == example
+    assert read([USER, ANSWER], [{"name": "f", "parameters": text}]).rewritten == example

@@ -147,6 +147,19 @@ def test_huge_rows_are_measured_with_all_their_texts(save_tokenizer: Any) -> Non
     assert 2000 < size < 2100
 
 
+def test_json_in_other_words_is_noted_once(spec: MakeSpec, save_tokenizer: Any, tmp_path: Path) -> None:
+    folder = save_tokenizer(TOOLS, name="tools", eos_token="<|im_end|>")
+    rows = [json.dumps(with_call(text)) for text in ('{"q": 1.1}', '{"q":1.10,"z":1e5}', '{"q": 2e1}')]
+    subject = spec(write(tmp_path / "a.parquet", messages=rows), messages=columns(), tokenizer=folder)
+    cache = open_or_build(subject, tmp_path / "cache", 1)
+    assert '{"q": 1.1, "z": 100000.0}' in trained(cache, folder)[1]
+    (note,) = [note for note in cache.report["notes"] if "other words" in note]
+    assert note.startswith(
+        "2 of 3 rows of data.train_files hold JSON that is read and written again in other words: 1.10"
+    )
+    assert [file["rows_with_rewritten_json"] for file in cache.report["files"]] == [2]
+
+
 def config(tmp_path: Path, folder: Path, **multiturn: Any) -> JobConfig:
     found = JobConfig()
     found.data.train_files, found.model.partial_pretrain = str(tmp_path / "a.parquet"), str(folder)
