@@ -72,3 +72,13 @@ def test_the_template_is_tested_for_the_validation_sets_too(check: Check, tmp_pa
     code, _, err = check(talks, f"data.chat_template={template}")
     assert code == ExitCode.CONFIG
     assert "only the last answer is ended by" in err
+
+
+def test_a_day_may_be_written_as_yaml_writes_it(check: Check, tmp_path: Path) -> None:
+    template = tmp_path / "today.jinja"
+    template.write_text("{% if false %}{{ strftime_now('%Y') }}{% endif %}" + CHATML)
+    code, _, err = check(f"data.chat_template={template}")
+    assert code == ExitCode.CONFIG
+    assert "strftime_now" in err
+    day = "data.apply_chat_template_kwargs={strftime_now: 2024-07-26}"
+    assert check(f"data.chat_template={template}", day)[0] == ExitCode.DONE

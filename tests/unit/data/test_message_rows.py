@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +205,41 @@ def test_the_self_test_looks_at_conversations(spec: MakeSpec, save_tokenizer: An
     none = save_tokenizer(None, name="none", eos_token="<|im_end|>")
     (problem,) = check_template(spec(file, messages=columns(), tokenizer=none)).problems
     assert problem.rule == "conversations need a chat template, and the tokenizer has none"
+
+
+TODAY = (
+    "{# strftime_now #}{% if strftime_now is defined %}{% set day = strftime_now('%d %b %Y') %}{% endif %}"
+    "{% if date_string is defined %}{% set day = date_string %}{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ day if loop.first }}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "written"),
+    [({"strftime_now": "2024-07-26"}, "26 Jul 2024"), ({"date_string": "the day"}, "the day")],
+)
+def test_a_day_is_fixed(
+    spec: MakeSpec, save_tokenizer: Any, tmp_path: Path, kwargs: dict[str, Any], written: str
+) -> None:
+    folder = save_tokenizer(TODAY, name="today", eos_token="<|im_end|>")
+    file = write(tmp_path / "a.parquet", messages=[SHORT])
+    subject = spec(file, messages=columns(), tokenizer=folder, template_kwargs=kwargs)
+    assert check_template(subject).problems == []
+    tokenizer: Any = load_tokenizer(folder)
+    text = tokenizer.decode(open_or_build(subject, tmp_path / "cache", 1).row(0).ids.tolist())
+    assert text.startswith(f"<|im_start|>user\n{written}graph<|im_end|>")
+
+
+def test_todays_date_is_refused(spec: MakeSpec, save_tokenizer: Any, tmp_path: Path) -> None:
+    folder = save_tokenizer(TODAY, name="today", eos_token="<|im_end|>")
+    subject = spec(write(tmp_path / "a.parquet", messages=[SHORT]), messages=columns(), tokenizer=folder)
+    (problem,) = check_template(subject).problems
+    assert "data.apply_chat_template_kwargs.strftime_now to a day" in problem.fix
+    (problem,) = check_template(replace(subject, template_kwargs={"strftime_now": "today"})).problems
+    assert problem.rule == "must be a day: YYYY-MM-DD"
+    other = save_tokenizer(TODAY.replace("'%d %b %Y'", "format"), name="other", eos_token="<|im_end|>")
+    (problem,) = check_template(
+        replace(subject, tokenizer=other, template_kwargs={"strftime_now": "2024-07-26"})
+    ).problems
+    assert "the day cannot be fixed" in problem.rule
