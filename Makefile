@@ -3,7 +3,7 @@ KILLS ?= 12
 SEED ?= 1
 N ?= 10000
 
-.PHONY: help setup demo test chaos chaos-files fuzz mutations test-gpu bench-data format lint types build clean
+.PHONY: help setup demo test test-slow chaos chaos-files fuzz mutations test-gpu bench-data format lint types build clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -20,14 +20,17 @@ setup: $(VENV)/.ready ## Make the virtual environment with pinned packages
 demo: $(VENV)/.ready ## Train a small model on two CPU ranks and show what it learned
 	$(BIN)/sft-job demo
 
-test: $(VENV)/.ready lint types ## Run the linters, the type checker and all tests that need no GPU
+test: $(VENV)/.ready lint types ## Run the linters, the type checker and the tests that need no GPU, but for the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
+
+test-slow: $(VENV)/.ready ## Run the slow tests: benchmarks, chaos, and long runs of the real command
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --numprocesses 2 --dist loadfile
 
 chaos: $(VENV)/.ready ## Kill runs (KILLS=200 SEED=1) and compare each with one that nobody touched; ONLY=k repeats one
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --kills $(KILLS) --seed $(SEED) $(if $(ONLY),--only $(ONLY))
 
 chaos-files: $(VENV)/.ready ## Kill a run at every single write, fsync and rename of its saves
-	OMP_NUM_THREADS=1 CHAOS_STRIDE=1 $(BIN)/pytest -n0 --timeout 3000 tests/chaos/test_files.py
+	OMP_NUM_THREADS=1 CHAOS_STRIDE=1 $(BIN)/pytest -n0 -m slow --timeout 3000 tests/chaos/test_files.py
 
 fuzz: $(VENV)/.ready ## Check N=10000 bad configs: never a traceback
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos.fuzz --number $(N)

@@ -97,7 +97,7 @@ def _check_start(config: JobConfig) -> list[Problem]:
 
 def _check_template(config: JobConfig, table: Table) -> list[Problem]:
     try:
-        report = check_templates(cache_specs(config, "train"))
+        report = check_templates([*cache_specs(config, "train"), *cache_specs(config, "val")])
     except ProblemsError:  # told of with the rows
         return []
     if report.text():

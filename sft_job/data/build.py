@@ -238,6 +238,11 @@ def _notes(spec: CacheSpec, total: FileCounts) -> list[str]:
             f"{total.rows_dropped:,} {of} are left out: longer than {spec.max_length:,} tokens "
             f"(data.truncation = {spec.truncation})"
         )
+    if total.rows_with_rewritten_json:
+        notes.append(
+            f"{total.rows_with_rewritten_json:,} {of} hold JSON that is read and written again in other words: "
+            f"{total.rewritten_json}"
+        )
     if total.rows_of_one_target:
         notes.append(
             f"{total.rows_of_one_target:,} {of} train one token: where the response is empty, the end of the turn"

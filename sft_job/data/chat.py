@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import date
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from sft_job.contract import ExitCode
+from sft_job.errors import Problem, ProblemsError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,6 +22,12 @@ Ranges = list[tuple[int, int]]
 
 T = TypeVar("T")
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+
+_NOW = "strftime_now"
+_NOW_CALL = re.compile(r"\bstrftime_now\(\s*(?P<quote>['\"])(?P<format>[^'\"\\]*)(?P=quote)\s*\)")
+_NOW_ASKED = re.compile(r"\bstrftime_now\s+is\s+(?:not\s+)?defined\b")
+_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
+_KWARGS = "data.apply_chat_template_kwargs"
 
 
 class TemplateFailure(Exception):
@@ -43,21 +53,51 @@ class ChatTemplate:
         Args:
             tokenizer: gives the template, where no other is given, and the special tokens that templates name.
             template: Jinja text to use instead of the tokenizer's own; None = the tokenizer's, if it has one.
-            kwargs: extra variables for the template.
+            kwargs: extra variables for the template; ``strftime_now`` is the day, YYYY-MM-DD, that a template which
+                asks for today's date is given.
+
+        Raises:
+            ProblemsError: exit 2, where the template would write today's date, which no rendering may depend on.
         """
         self._tokenizer: Any = tokenizer
         self._template = template
         self._kwargs = dict(kwargs or {})
+        day = self._kwargs.pop(_NOW, None)
+        self._day = _day(day) if day is not None else None
         self.exists = bool(template or self._tokenizer.chat_template)
         self.text = self._source(None) if self.exists else ""
         self.tool_text = self._source([]) if self.exists else ""
+        for text in (self.text, self.tool_text):
+            self._check_date(text)
         self.has_generation = any(_GENERATION.search(text) for text in (self.text, self.tool_text))
 
     def _source(self, tools: Tools) -> str:
         try:
-            return self._tokenizer.get_chat_template(self._template, tools)
+            return self._dated(self._tokenizer.get_chat_template(self._template, tools))
         except ValueError:  # several templates and none is the default: rendering says so
             return ""
+
+    def _dated(self, text: str) -> str:
+        """The template with the fixed day in the place of calls for today's; lines stay where they are."""
+        if self._day is None:
+            return text
+        day = self._day
+        return _NOW_CALL.sub(lambda call: "'" + day.strftime(call["format"]) + "'", text)
+
+    def _check_date(self, text: str) -> None:
+        """Rows and the cache's fingerprint must not depend on the day on which they are made."""
+        if _NOW not in _NOW_ASKED.sub("", _COMMENT.sub("", text)) or (
+            "date_string" in text and "date_string" in self._kwargs
+        ):
+            return
+        rule = f"writes the day on which it runs ({_NOW}), so that the same rows would have other tokens tomorrow"
+        fix = f"set {_KWARGS}.{_NOW} to a day: YYYY-MM-DD"
+        if self._day is not None:
+            rule = f"calls {_NOW} with something else than a plain text: the day cannot be fixed"
+            fix = "copy the template into data.chat_template with a day of its own"
+        elif "date_string" in text:
+            fix = f"set {_KWARGS}.date_string to the text it shall write, or {_KWARGS}.{_NOW} to a day: YYYY-MM-DD"
+        raise ProblemsError([Problem(ExitCode.CONFIG, "data.chat_template", rule, fix)])
 
     def render(
         self,
@@ -83,7 +123,7 @@ class ChatTemplate:
             return self._tokenizer.apply_chat_template(
                 batch,
                 tools=of_batch,
-                chat_template=self._template,
+                chat_template=self._source(of_batch) if self._day else self._template,
                 add_generation_prompt=generation_prompt,
                 tokenize=False,
                 **{**self._kwargs, **(kwargs or {})},
@@ -110,7 +150,7 @@ class ChatTemplate:
             found: Any = render_jinja_template(
                 conversations=batch,  # type: ignore[arg-type]
                 tools=of_batch,  # type: ignore[arg-type]
-                chat_template=self._tokenizer.get_chat_template(self._template, of_batch),
+                chat_template=self._dated(self._tokenizer.get_chat_template(self._template, of_batch)),
                 return_assistant_tokens_mask=True,
                 add_generation_prompt=False,
                 **{**self._tokenizer.special_tokens_map, **self._kwargs, **(kwargs or {})},
@@ -118,6 +158,14 @@ class ChatTemplate:
             return list(zip(*found, strict=True))
 
         return list(_by_tools(run, conversations, tools))
+
+
+def _day(value: Any) -> date:
+    try:
+        return date.fromisoformat(str(value))
+    except ValueError:
+        problem = Problem(ExitCode.CONFIG, f"{_KWARGS}.{_NOW}", "must be a day: YYYY-MM-DD", value=value)
+        raise ProblemsError([problem]) from None
 
 
 def _by_tools(

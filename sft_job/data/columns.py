@@ -211,10 +211,10 @@ def _column_texts(array: pa.Array, column: Column) -> list[Cell]:
 
 
 def python_values(array: pa.Array) -> list[Any]:
-    """Values of an array; a cell that is not valid UTF-8 (a lone surrogate, say) becomes Unreadable."""
+    """Values of an array; a cell that is not valid UTF-8 (a lone surrogate) or nested too deeply becomes Unreadable."""
     try:
         return array.to_pylist()
-    except UnicodeDecodeError:
+    except (UnicodeDecodeError, RecursionError):
         return [_python_value(scalar) for scalar in array]
 
 
@@ -223,6 +223,8 @@ def _python_value(scalar: pa.Scalar) -> Any:
         return scalar.as_py()
     except UnicodeDecodeError as error:
         return Unreadable(f"not valid UTF-8 at byte {error.start}", Fault.UNDECODABLE)
+    except RecursionError:
+        return Unreadable("is nested too deeply to be read")
 
 
 def _text(value: Any, column: Column) -> Cell:

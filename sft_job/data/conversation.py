@@ -8,6 +8,7 @@ transformers.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,9 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 FLAGS = ("loss", "train", "weight", "loss_mask")
 # Strings in JSON may name halves of a pair, which no tokenizer takes.
 _ESCAPED_SURROGATE = ("\\ud", "\\uD")
+# Templates, encoders and Python itself work on nested values by recursion, several calls for each level.
+MOST_LEVELS = 100
+_TOO_DEEP = f"is nested deeper than {MOST_LEVELS} levels"
 
 Message = dict[str, Any]
 
@@ -37,12 +41,50 @@ class Conversation:
         tools: descriptions, each as ``{"type": "function", "function": {...}}``; None = no tools.
         enable_thinking: None = the row does not say.
         train: for each message, whether it is trained; only an assistant's can be.
+        rewritten: an example of what JSON in the row says in other words than a template will write; empty = none.
     """
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None
     enable_thinking: bool | None
     train: tuple[bool, ...]
+    rewritten: str = ""
+
+
+class _Rewritten:
+    """Notices what JSON says that is lost when it is read and written again, as templates do with arguments.
+
+    Attributes:
+        example: the first such thing; empty = nothing is lost.
+    """
+
+    def __init__(self) -> None:
+        self.example = ""
+
+    def loads(self, text: str) -> Any:
+        """As ``json.loads``."""
+        return json.loads(text, parse_float=self._float, parse_int=self._int, object_pairs_hook=self._pairs)
+
+    def _float(self, text: str) -> float:
+        value = float(text)
+        self._compare(text, repr(value))  # as json.dumps writes it
+        return value
+
+    def _int(self, text: str) -> int:
+        value = int(text)
+        self._compare(text, str(value))
+        return value
+
+    def _compare(self, text: str, written: str) -> None:
+        if text != written and not self.example:
+            self.example = f"{text[:40]} becomes {written[:40]}"
+
+    def _pairs(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs) and not self.example:
+            twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+            self.example = f"of several {twice[:40]!r} in one mapping the last is kept"
+        return found
 
 
 class _RowError(Exception):
@@ -80,18 +122,27 @@ def conversation(
     unreadable = next((cell for cell in (messages, tools, enable_thinking) if isinstance(cell, Unreadable)), None)
     if unreadable:
         return unreadable
+    seen = _Rewritten()
     try:
-        entries = _entries(without_nulls(messages), "messages")
+        _check_depth(messages, "messages")
+        _check_depth(tools, "tools")
+        entries = _entries(without_nulls(messages), "messages", seen)
         if not entries:
             raise _RowError("messages is empty" if messages is not None else "messages is null")
-        read = [_message(entry, f"messages[{number}]") for number, entry in enumerate(entries)]
+        read = [_message(entry, f"messages[{number}]", seen) for number, entry in enumerate(entries)]
         flags = [flag for _, flag in read]
         found = [message for message, _ in read]
         return Conversation(
-            found, _tools(without_nulls(tools)), _thinking(enable_thinking), _trained(found, flags, train_on)
+            found,
+            _tools(without_nulls(tools), seen),
+            _thinking(enable_thinking),
+            _trained(found, flags, train_on),
+            seen.example,
         )
     except _RowError as error:
         return Unreadable(str(error))
+    except RecursionError:
+        return Unreadable(f"the row {_TOO_DEEP}")
 
 
 def _trained(messages: Sequence[Message], flags: Sequence[bool | None], train_on: str) -> tuple[bool, ...]:
@@ -104,18 +155,18 @@ def _trained(messages: Sequence[Message], flags: Sequence[bool | None], train_on
     return tuple(number in chosen and flag is not False for number, flag in enumerate(flags))
 
 
-def _message(entry: Any, path: str) -> tuple[Message, bool | None]:
+def _message(entry: Any, path: str, seen: _Rewritten) -> tuple[Message, bool | None]:
     """The message, and what its flags say."""
-    message = _mapping(entry, path)
+    message = _mapping(entry, path, seen)
     flag = _flag(message, path)
     role = message.get("role")
     if role not in ROLES:
         raise _RowError(f"{path}.role is {_shown(role)}, expected one of {', '.join(ROLES)}")
     reasoning = _reasoning(message, path) if role == "assistant" else None
-    calls = _entries(message.pop("tool_calls", None), f"{path}.tool_calls") if role == "assistant" else []
+    calls = _entries(message.pop("tool_calls", None), f"{path}.tool_calls", seen) if role == "assistant" else []
     found: Message = {**message, "role": role}
     if calls:
-        found["tool_calls"] = [_call(call, f"{path}.tool_calls[{n}]") for n, call in enumerate(calls)]
+        found["tool_calls"] = [_call(call, f"{path}.tool_calls[{n}]", seen) for n, call in enumerate(calls)]
     if reasoning and reasoning.strip():
         found["reasoning_content"] = reasoning
     content = message.get("content")
@@ -167,15 +218,15 @@ def _flag(message: Message, path: str) -> bool | None:
     return next(iter(found.values()), None)
 
 
-def _call(entry: Any, path: str) -> dict[str, Any]:
-    call = _mapping(entry, path)
-    function = _mapping(call["function"], f"{path}.function") if "function" in call else call
+def _call(entry: Any, path: str, seen: _Rewritten) -> dict[str, Any]:
+    call = _mapping(entry, path, seen)
+    function = _mapping(call["function"], f"{path}.function", seen) if "function" in call else call
     name = function.get("name")
     if not isinstance(name, str) or not name:
         raise _RowError(f"{path} has no function name")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
-        arguments = _json(arguments, f"{path}.function.arguments") if arguments.strip() else {}
+        arguments = _json(arguments, f"{path}.function.arguments", seen) if arguments.strip() else {}
     if not isinstance(arguments, dict):
         kind = type(arguments).__name__
         raise _RowError(f"{path}.function.arguments is {kind}, expected a mapping or JSON of one")
@@ -183,16 +234,16 @@ def _call(entry: Any, path: str) -> dict[str, Any]:
     return {"type": "function", **rest, "function": {**function, "name": name, "arguments": arguments}}
 
 
-def _tools(cell: Any) -> list[dict[str, Any]] | None:
+def _tools(cell: Any, seen: _Rewritten) -> list[dict[str, Any]] | None:
     found: list[dict[str, Any]] = []
-    for number, entry in enumerate(_entries(cell, "tools")):
-        tool = _mapping(entry, f"tools[{number}]")
+    for number, entry in enumerate(_entries(cell, "tools", seen)):
+        tool = _mapping(entry, f"tools[{number}]", seen)
         function = tool.get("function", tool if "name" in tool else None)
         if function is None:
             raise _RowError(f"tools[{number}] describes no function: it has {', '.join(tool) or 'no keys'}")
-        function = _mapping(function, f"tools[{number}].function")
+        function = _mapping(function, f"tools[{number}].function", seen)
         if isinstance(function.get("parameters"), str):
-            function["parameters"] = _json(function["parameters"], f"tools[{number}].function.parameters")
+            function["parameters"] = _json(function["parameters"], f"tools[{number}].function.parameters", seen)
         rest = tool if "function" in tool else {}
         found.append({"type": "function", **rest, "function": function})
     return found or None
@@ -206,8 +257,8 @@ def _thinking(value: Any) -> bool | None:
     raise _RowError(f"enable_thinking is {_shown(value)}, expected true or false")
 
 
-def _entries(cell: Any, path: str) -> list[Any]:
-    value = _json(cell, path) if isinstance(cell, str) else cell
+def _entries(cell: Any, path: str, seen: _Rewritten) -> list[Any]:
+    value = _json(cell, path, seen) if isinstance(cell, str) else cell
     if value is None:
         return []
     if not isinstance(value, list):
@@ -215,10 +266,10 @@ def _entries(cell: Any, path: str) -> list[Any]:
     return value
 
 
-def _mapping(value: Any, path: str) -> dict[str, Any]:
+def _mapping(value: Any, path: str, seen: _Rewritten) -> dict[str, Any]:
     """A copy of the mapping without keys that are null."""
     if isinstance(value, str):
-        value = _json(value, path)
+        value = _json(value, path, seen)
     if not isinstance(value, Mapping):
         raise _RowError(f"{path} is {type(value).__name__}, expected a mapping")
     return {key: item for key, item in value.items() if item is not None}
@@ -233,17 +284,31 @@ def without_nulls(value: Any) -> Any:
     return value
 
 
-def _json(text: str, path: str) -> Any:
+def _json(text: str, path: str, seen: _Rewritten) -> Any:
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = seen.loads(text)
+    except RecursionError as error:
+        raise _RowError(f"{path} {_TOO_DEEP}") from error
+    except ValueError as error:
         raise _RowError(f"{path} is not valid JSON: {error}") from error
+    if text.count("[") + text.count("{") > MOST_LEVELS:
+        _check_depth(value, path)
     if any(mark in text for mark in _ESCAPED_SURROGATE):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             raise _RowError(f"{path} holds half of a surrogate pair, which is no character") from error
     return value
+
+
+def _check_depth(value: Any, path: str) -> None:
+    """Refuse a value with too many levels of lists and mappings; needs no recursion itself."""
+    level, depth = [value], 0
+    while level := [each for each in level if isinstance(each, list | dict)]:
+        depth += 1
+        if depth > MOST_LEVELS:
+            raise _RowError(f"{path} {_TOO_DEEP}")
+        level = [item for each in level for item in (each.values() if isinstance(each, dict) else each)]
 
 
 def _shown(value: Any) -> str:

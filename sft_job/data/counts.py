@@ -31,6 +31,8 @@ class FileCounts:
         duplicates: usable rows that equal an earlier one, in ids and in what is trained.
         rows_with_control_tokens: rendered rows whose text holds control tokens, which were encoded as plain text.
         control_token: the first of these.
+        rows_with_rewritten_json: rendered rows with JSON that templates write in other words, and so it is trained.
+        rewritten_json: the first of these.
         lengths: rows that could be rendered, by length before they were cut: number of the histogram's bar -> rows.
     """
 
@@ -46,6 +48,8 @@ class FileCounts:
     duplicates: int = 0
     rows_with_control_tokens: int = 0
     control_token: str = ""
+    rows_with_rewritten_json: int = 0
+    rewritten_json: str = ""
     lengths: Counter[int] = field(default_factory=Counter)
 
     @property
@@ -79,6 +83,8 @@ class FileCounts:
         self.duplicates += other.duplicates
         self.rows_with_control_tokens += other.rows_with_control_tokens
         self.control_token = self.control_token or other.control_token
+        self.rows_with_rewritten_json += other.rows_with_rewritten_json
+        self.rewritten_json = self.rewritten_json or other.rewritten_json
         self.left_out += other.left_out
         self.lengths += other.lengths
         self.longest_row = max(self.longest_row, other.longest_row)
@@ -88,7 +94,7 @@ class FileCounts:
         """As ``logs/data_report.json`` shows them."""
         names = ("rows_read", "rows_usable", "rows_rejected", "rows_without_target", "rows_dropped", "rows_truncated")
         names += ("tokens", "trained_tokens", "longest_row", "largest_id", "duplicates")
-        names += ("rows_with_control_tokens", "control_token")
+        names += ("rows_with_control_tokens", "control_token", "rows_with_rewritten_json", "rewritten_json")
         bars = _bar(self.longest_row) + 1
         return {
             **{name: getattr(self, name) for name in names},

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from sft_job.data.chat import TemplateFailure
 from sft_job.data.columns import Column, Unreadable
 from sft_job.data.conversation import Conversation, read_conversations
-from sft_job.data.faults import RowFault
+from sft_job.data.faults import Fault, RowFault
 from sft_job.data.fit import Turns, count_turns, without_oldest_turns
 from sft_job.data.messages import MessageRenderer, Rejected
 from sft_job.data.render import Rendered
@@ -27,11 +28,13 @@ class MessageRow(NamedTuple):
         number: of the row in its batch.
         row: its tokens, or why there are none.
         turns: the row without its oldest turns.
+        rewritten: as ``Conversation.rewritten``.
     """
 
     number: int
     row: Rendered | Rejected
     turns: Turns | None = None
+    rewritten: str = ""
 
 
 def message_rows(
@@ -44,7 +47,7 @@ def message_rows(
         batch: rows with the columns of messages, tools and thinking.
         columns: these columns.
         train_on: ``all`` or ``last``.
-        most: rows with more characters are not rendered.
+        most: rows that are rendered with more characters are not tokenised.
     """
     chunk: list[tuple[int, Conversation]] = []
     size = 0
@@ -52,9 +55,9 @@ def message_rows(
         if isinstance(found, Unreadable):
             yield number, found
             continue
-        length = sum(len(message["content"]) for message in found.messages)
-        if most is not None and length > most:
-            yield number, length
+        length = characters([found.messages, found.tools])
+        if most is not None and length > most and (rendered := _rendered_characters(renderer, found)) > most:
+            yield number, rendered
             continue
         chunk.append((number, found))
         size += length
@@ -65,10 +68,38 @@ def message_rows(
 
 
 def _rendered(renderer: MessageRenderer, chunk: Sequence[tuple[int, Conversation]]) -> Iterator[MessageRow]:
-    rows = renderer.render([conversation for _, conversation in chunk])
+    try:
+        rows = renderer.render([conversation for _, conversation in chunk])
+    except RecursionError as error:
+        if len(chunk) > 1:
+            for one in chunk:
+                yield from _rendered(renderer, [one])
+        else:
+            for number, _ in chunk:
+                yield MessageRow(number, Rejected(Fault.NOT_RENDERED, f"the row is nested too deeply: {error}"))
+        return
     for (number, conversation), row in zip(chunk, rows, strict=True):
         turns = Turns(count_turns(conversation.messages), partial(_without_oldest, renderer, conversation))
-        yield MessageRow(number, row, turns)
+        yield MessageRow(number, row, turns, conversation.rewritten)
+
+
+def characters(value: Any) -> int:
+    """Characters of all texts in nested lists and mappings, keys aside."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(characters(item) for item in value.values())
+    return sum(characters(item) for item in value) if isinstance(value, list | tuple) else 0
+
+
+def _rendered_characters(renderer: MessageRenderer, row: Conversation) -> int:
+    """Characters of what the template makes of a huge row: it may leave out most of it, old thoughts for example."""
+    variables = {} if row.enable_thinking is None else {"enable_thinking": row.enable_thinking}
+    try:
+        (text,) = renderer.template.render([row.messages], tools=[row.tools], kwargs=variables)
+    except TemplateFailure:  # told of with the reason when it is rendered as a row
+        return 0
+    return len(text)
 
 
 def _without_oldest(renderer: MessageRenderer, conversation: Conversation, count: int) -> Rendered:
@@ -84,7 +115,10 @@ def _without_oldest(renderer: MessageRenderer, conversation: Conversation, count
         messages=[dict(message) for message in kept],
         train=tuple(flags[id(message)] for message in kept),
     )
-    (row,) = renderer.render([shorter])
+    try:
+        (row,) = renderer.render([shorter])
+    except RecursionError as error:
+        raise RowFault(Fault.NOT_RENDERED, f"the row is nested too deeply: {error}") from error
     if isinstance(row, Rejected):
         raise RowFault(row.fault, row.reason)
     return row

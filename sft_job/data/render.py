@@ -32,6 +32,9 @@ _SENTINEL = "sentinelcontent"
 _RESERVED = frozenset(
     {
         "conversation",
+        "messages",
+        "tools",
+        "documents",
         "chat_template",
         "add_generation_prompt",
         "continue_final_message",

@@ -81,11 +81,13 @@ class Made(NamedTuple):
         number: its number in the segment.
         row: its tokens.
         turns: what ``data.truncation=turn`` needs; None where the row has no turns.
+        rewritten: an example of JSON in it that is trained on in other words; empty = none.
     """
 
     number: int
     row: Rendered
     turns: Turns | None = None
+    rewritten: str = ""
 
 
 @dataclass
@@ -214,10 +216,10 @@ class PieceTokeniser:
         self, renderer: MessageRenderer, segment: Segment, batch: pa.RecordBatch, faults: LeftOut
     ) -> Iterator[Made]:
         found = message_rows(renderer, batch, self._spec.messages, self._spec.train_on, self._most_characters)
-        for number, row, *turns in found:
+        for number, row, *more in found:
             place = (segment.file, segment.first_row + number)
             if isinstance(row, Rendered):
-                yield Made(number, row, *turns)
+                yield Made(number, row, *more)
             elif isinstance(row, int):
                 reason = f"{row:,} characters, more than any {self._spec.max_length:,} tokens"
                 faults.add(self._too_long, *place, reason)
@@ -267,6 +269,9 @@ class PieceTokeniser:
         if row.control_tokens:
             counts.rows_with_control_tokens += 1
             counts.control_token = counts.control_token or row.control_tokens[0]
+        if made.rewritten:
+            counts.rows_with_rewritten_json += 1
+            counts.rewritten_json = counts.rewritten_json or made.rewritten
         if length > limit:
             try:
                 shorter = fit(row, limit, how, made.turns)

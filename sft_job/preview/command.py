@@ -29,8 +29,8 @@ from sft_job.preview.html import write_page
 from sft_job.preview.json_lines import json_lines
 from sft_job.preview.rejected import find_file, no_such_row, reject_reason
 from sft_job.preview.report import SetReport, set_report
-from sft_job.preview.rows import Pack, PreviewRow, TrainingStream
-from sft_job.preview.terminal import View, show_rejected, show_report, show_rows, show_step
+from sft_job.preview.rows import Pack, PreviewRow, TrainingStream, lone_row
+from sft_job.preview.terminal import View, show_lone_row, show_rejected, show_report, show_rows, show_step
 from sft_job.preview.text import TokenTexts
 from sft_job.supervisor import input_problems
 
@@ -110,10 +110,12 @@ def _preview(
     try:
         caches = prepare(config, run_folder(config), Progress(told), lambda text: told.print(text, markup=False))
     except ProblemsError as error:
-        rejected = _rejected_alone(options.row, specs) if error.code == ExitCode.DATA else None
+        rejected = (
+            _rejected_alone(options.row, [*specs, *cache_specs(config, "val")]) if error.code == ExitCode.DATA else None
+        )
         if rejected is None:
             raise
-        _show_rejected(rejected, options, TokenTexts(load_tokenizer(spec.tokenizer, spec.trust_remote_code)))
+        _show_alone(rejected, options, TokenTexts(load_tokenizer(spec.tokenizer, spec.trust_remote_code)))
         return
     texts = TokenTexts(load_tokenizer(spec.tokenizer, spec.trust_remote_code))
     reports = [
@@ -121,6 +123,14 @@ def _preview(
         for split, rows in zip(("train", "val"), caches, strict=True)
         for name, cache in named_caches(rows).items()
     ]
+    if options.row is not None and not options.row.isdecimal():
+        val = [*specs, *cache_specs(config, "val")]
+        spec, file, number = _locate(options.row, val)
+        if spec.split == "val" and caches[1] is not None:
+            found = _find_at(spec, file, number, caches[1])
+            row = lone_row(caches[1], found) if isinstance(found, int) else found
+            _show_alone(row, options, texts)
+            return
     _show(config, caches[0], resolution, specs, texts, reports, options)
 
 
@@ -171,7 +181,7 @@ def _show(
     else:
         found = _find(options.row, cache, specs)
         if isinstance(found, PreviewRow):
-            _show_rejected(found, options, texts)
+            _show_alone(found, options, texts)
             return
         pack, row = stream.pack_of(found, step)
         chosen, step = [(pack, [row])], pack.slot.step
@@ -209,7 +219,11 @@ def _find(text: str, rows: TokenCache | Mixture, specs: Sequence[CacheSpec]) -> 
         if int(text) >= len(rows):
             raise no_such_row(text, "the token cache", len(rows))
         return int(text)
-    spec, file, number = _locate(text, specs)
+    return _find_at(*_locate(text, specs), rows)
+
+
+def _find_at(spec: CacheSpec, file: int, number: int, rows: TokenCache | Mixture) -> int | PreviewRow:
+    """As ``_find``, for a row of a split's file."""
     caches = named_caches(rows)
     name = spec.source.name if spec.source else ""
     first = sum(len(caches[each]) for each in caches if each < name)
@@ -217,7 +231,9 @@ def _find(text: str, rows: TokenCache | Mixture, specs: Sequence[CacheSpec]) -> 
     if found:
         return first + found[0]
     unused = (
-        f"beyond data.train_max_samples = {spec.max_samples:,}" if spec.max_samples >= 0 else "not in the token cache"
+        f"beyond data.{spec.split}_max_samples = {spec.max_samples:,}"
+        if spec.max_samples >= 0
+        else "not in the token cache"
     )
     reason = reason_of(caches[name].rejected, file, number) or reject_reason(spec, file, number) or unused
     return PreviewRow(spec.origins[file], number, reject_reason=reason)
@@ -240,12 +256,16 @@ def _rejected_alone(text: str | None, specs: Sequence[CacheSpec]) -> PreviewRow 
     return None if reason is None else PreviewRow(spec.origins[file], number, reject_reason=reason)
 
 
-def _show_rejected(row: PreviewRow, options: PreviewOptions, texts: TokenTexts) -> None:
+def _show_alone(row: PreviewRow, options: PreviewOptions, texts: TokenTexts) -> None:
+    """A row that is in no pack of training: one that is not trained, or one of validation."""
     if options.json is not None:
         _write_lines(options.json, json_lines([(None, row)], texts))
     console = _console(options)
     if options.json != STDOUT:
-        show_rejected(console, row)
+        if row.reject_reason is not None:
+            show_rejected(console, row)
+        else:
+            show_lone_row(console, row, texts, _view(console, options))
     if options.html is not None:
         console.print(f"{options.html} is not written: the row is in no pack", markup=False, soft_wrap=True)
 

@@ -229,6 +229,17 @@ class TrainingStream:
         return Pack(slot, tuple(rows), len(inputs) - shares[0].num_tokens)
 
 
+def lone_row(cache: Rows, index: int) -> PreviewRow:
+    """A row by itself, as validation computes its loss: its positions and labels do not depend on its neighbours."""
+    tokens = cache.row(index)
+    batch = pack_rows([tokens], 1, 0, _PAD_ID)
+    here = slice(0, len(tokens.ids))
+    inputs, positions, targets = (_joined([batch], name)[here] for name in ("input_ids", "position_ids", "targets"))
+    file, number = cache.origin(index)
+    labels = np.concatenate([[IGNORED], targets[:-1]])
+    return PreviewRow(file, number, index, inputs, positions, labels)
+
+
 def _joined(shares: Sequence[PackedBatch], name: str) -> Int64:
     """[T]: the stretches of all ranks of a Ulysses group behind one another."""
     return np.concatenate([getattr(share, name)[0].numpy() for share in shares])

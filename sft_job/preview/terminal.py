@@ -66,6 +66,18 @@ def show_rejected(console: Console, row: PreviewRow) -> None:
     console.print(_plain(f"  {visible_reason(row)}"))
 
 
+def show_lone_row(console: Console, row: PreviewRow, texts: TokenTexts, view: View) -> None:
+    """A row of validation, which is in no pack of training."""
+    tokens = len(row.input_ids)
+    console.print(_legend(view))
+    console.print()
+    line = (
+        f"{one_line(row.name)}   {tokens:,} tokens, {row.trained_tokens:,} of them in the loss; validation, not trained"
+    )
+    console.print(_plain(line, "bold"), soft_wrap=True)
+    _show_tokens(console, row, texts, view)
+
+
 def visible_reason(row: PreviewRow) -> str:
     """The reason as one line."""
     return one_line(row.reject_reason or "")
@@ -119,6 +131,10 @@ def _others(pack: Pack, rows: Sequence[PreviewRow]) -> list[PreviewRow]:
 def _show_row(console: Console, pack: Pack, row: PreviewRow, texts: TokenTexts, view: View) -> None:
     head = Text.assemble((f"[{row.document}] ", "bold"), row_line(pack, row))
     console.print(head, soft_wrap=True)
+    _show_tokens(console, row, texts, view)
+
+
+def _show_tokens(console: Console, row: PreviewRow, texts: TokenTexts, view: View) -> None:
     pieces = texts.pieces(row)
     cut = not view.full and len(pieces) > 2 * _ENDS
     parts = [pieces[:_ENDS], pieces[-_ENDS:]] if cut else [pieces]

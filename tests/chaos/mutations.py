@@ -129,7 +129,8 @@ def caught_by(mutation: Mutation) -> list[str]:
         path = copy / mutation.file
         path.write_text(path.read_text(encoding="utf-8").replace(mutation.right, mutation.wrong), encoding="utf-8")
         environ = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "pytest", "-n0", "-q", "-p", "no:cacheprovider", *mutation.tests]
+        quiet = ["-q", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-n0", "-m", "not gpu", *quiet, *mutation.tests]
         # This one looks at the text that was just changed.
         command += ["--deselect", "tests/chaos/test_campaign.py::test_every_mutation_has_its_place_in_the_code"]
         result = subprocess.run(

@@ -17,6 +17,8 @@ from tests.chaos.oracle import Evidence, differences, gather, reference_faults
 from tests.chaos.plan import SAVE_FREQ, SHAPES, TOTAL_STEPS, Phase, Target, make_plan
 from tests.chaos.world import Start, run_start
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("kills", [1, 5, 12, 24, 60, 200, 500])
 def test_a_plan_has_each_kill_once_and_gets_further_between_them(kills: int) -> None:

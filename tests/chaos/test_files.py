@@ -17,6 +17,8 @@ from tests.chaos.oracle import differences
 from tests.chaos.shim import Act, Op
 from tests.chaos.world import Arm
 
+pytestmark = pytest.mark.slow
+
 # Each kill is a run: the whole list takes minutes, and is gone through by `make chaos`.
 STRIDE = int(os.environ.get("CHAOS_STRIDE", "29"))
 FLIPS = 200

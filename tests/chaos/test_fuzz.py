@@ -13,6 +13,8 @@ import pytest
 from tests.chaos.fuzz import ANSWERS, answer, base_config, bombs, mutant
 from tests.chaos.inputs import make_inputs
 
+pytestmark = pytest.mark.slow
+
 ENVIRON = {"NPROC_PER_NODE": "1"}
 CONFIGS = 500
 BLOCKS = 5

@@ -196,6 +196,7 @@ def test_check_says_what_train_would_say_of_the_run_folder(job) -> None:
         assert "optim.lr = 3e-05" in changed.stderr
 
 
+@pytest.mark.slow
 def test_a_broken_template_is_refused_before_anything_is_tokenised(job, tmp_path) -> None:
     (tmp_path / "broken.jinja").write_text(CHATML.split("{% if")[0])
     for verb in ("train", "check"):

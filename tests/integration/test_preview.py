@@ -6,6 +6,7 @@ import json
 import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 
 from sft_job.data.batches import IGNORED, BatchLoader
@@ -50,6 +51,7 @@ def test_colours_and_marks(job) -> None:
     assert "\\u27e6" in quiet.stdout  # what the terminal cannot say is written out
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves(job) -> None:
     reader = subprocess.Popen(["true"], stdin=subprocess.PIPE)
     reader.wait()

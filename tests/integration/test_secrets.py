@@ -75,6 +75,7 @@ def test_no_secret_is_in_what_a_run_leaves(secret_job: Job) -> None:
     assert files_with_canaries(secret_job.root) == []
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_key(secret_job: Job) -> None:
     assert secret_job("trainer.total_training_steps=1", *USED).returncode == 0
     again = secret_job(

@@ -149,7 +149,7 @@ def wait_for_step(job: Job, step: int, seconds: float = 120.0) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGUSR2, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_the_next_start_goes_on(job, number) -> None:
     long = "trainer.total_epochs=200"
     process = job.start(long, NPROC_PER_NODE="2")
@@ -240,6 +240,7 @@ def gone(pid: int, seconds: float = 40.0) -> bool:
     return not Path(f"/proc/{pid}").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_supervisor_takes_its_ranks_along(job) -> None:
     process = job.start("trainer.total_epochs=200", NPROC_PER_NODE="2")
     try:
@@ -283,6 +284,7 @@ def test_a_full_disk(job) -> None:
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_a_damaged_later_folder_does_not_hide_the_end(job) -> None:
     assert job("trainer.total_training_steps=2").returncode == 0
     (job.run / "checkpoints" / "global_step_9").mkdir()
@@ -292,6 +294,7 @@ def test_a_damaged_later_folder_does_not_hide_the_end(job) -> None:
     assert not (job.run / "checkpoints" / "global_step_9").exists()
 
 
+@pytest.mark.slow
 def test_an_allowed_change_takes_effect(job) -> None:
     """Of two runs that go on from one checkpoint with another weight decay, one is allowed and ends elsewhere."""
     import shutil
@@ -311,6 +314,7 @@ def test_an_allowed_change_takes_effect(job) -> None:
     assert other["weights_sha256"] != outcome(job)["weights_sha256"]
 
 
+@pytest.mark.slow
 def test_a_second_place_for_checkpoints(job) -> None:
     """Uploaded when published, and where the run folder is lost the run goes on from there."""
     import shutil

@@ -3,6 +3,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sft_job.check import check_job
@@ -52,3 +54,31 @@ def test_the_template_has_a_line(check: Check, tmp_path: Path) -> None:
     code, out, err = check(f"data.chat_template={template}")
     assert code == ExitCode.CONFIG
     assert err.startswith("1 problem:\n")
+
+
+def test_the_template_is_tested_for_the_validation_sets_too(check: Check, tmp_path: Path) -> None:
+    # Rows of a prompt and a response need no token behind any answer but the last.
+    template = tmp_path / "one_end.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{{ 'assistant: ' if add_generation_prompt else eos_token }}"
+    )
+    rows = tmp_path / "val.parquet"
+    turns = [{"role": "user", "content": "walk"}, {"role": "assistant", "content": "node"}]
+    pq.write_table(pa.table({"messages": [turns] * 4}), rows)
+    talks = f"data.val_files={{talks: {{files: {rows}, multiturn: {{enable: true}}}}}}"
+    assert check(talks)[0] == ExitCode.DONE
+    assert check(f"data.chat_template={template}")[0] == ExitCode.DONE
+    code, _, err = check(talks, f"data.chat_template={template}")
+    assert code == ExitCode.CONFIG
+    assert "only the last answer is ended by" in err
+
+
+def test_a_day_may_be_written_as_yaml_writes_it(check: Check, tmp_path: Path) -> None:
+    template = tmp_path / "today.jinja"
+    template.write_text("{% if false %}{{ strftime_now('%Y') }}{% endif %}" + CHATML)
+    code, _, err = check(f"data.chat_template={template}")
+    assert code == ExitCode.CONFIG
+    assert "strftime_now" in err
+    day = "data.apply_chat_template_kwargs={strftime_now: 2024-07-26}"
+    assert check(f"data.chat_template={template}", day)[0] == ExitCode.DONE

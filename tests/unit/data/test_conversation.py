@@ -146,3 +146,48 @@ def test_tools_and_thinking_that_cannot_be_read() -> None:
     assert refusal([USER, ANSWER], None, 2) == "enable_thinking is 2, expected true or false"
     assert refusal([USER, ANSWER], None, Unreadable("no UTF-8")) == "no UTF-8"
     assert read([USER, ANSWER], "[]", 1) == Conversation([USER, ANSWER], None, True, (False, True))
+
+
+def nested(levels: int) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for _ in range(levels - 1):
+        value = {"a": value}
+    return value
+
+
+def call_with(arguments: Any) -> list[dict[str, Any]]:
+    return [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]
+
+
+@pytest.mark.parametrize("levels", [101, 600, 100_000])
+def test_what_is_nested_too_deeply_is_refused(levels: int) -> None:
+    path = "messages[1].tool_calls[0].function.arguments"
+    text = '{"a":' * (levels - 1) + "{}" + "}" * (levels - 1)
+    assert refusal(call_with(text)) == f"{path} is nested deeper than 100 levels"
+    assert refusal(call_with(nested(levels))) == "messages is nested deeper than 100 levels"
+    tool = {"name": "f", "parameters": text}
+    assert refusal([USER, ANSWER], [tool]) == "tools[0].function.parameters is nested deeper than 100 levels"
+    assert refusal([USER, ANSWER], "[" * levels + "]" * levels) == "tools is nested deeper than 100 levels"
+    assert refusal("[" * levels + "]" * levels) == "messages is nested deeper than 100 levels"
+
+
+def test_what_is_nested_just_deeply_enough_is_read() -> None:
+    found = read(call_with(json.dumps(nested(100))))
+    assert found.messages[1]["tool_calls"][0]["function"]["arguments"] == nested(100)
+
+
+@pytest.mark.parametrize(
+    ("text", "example"),
+    [
+        ('{"q": 1.5, "n": [-3, 0, 12345678901234567890, true], "t": "1.10"}', ""),
+        ('{"q": 1.10, "z": 1e5}', "1.10 becomes 1.1"),
+        ('{"z": 1e5}', "1e5 becomes 100000.0"),
+        ('{"z": -0}', "-0 becomes 0"),
+        ('{"z": 0.1000000000000000055}', "0.1000000000000000055 becomes 0.1"),
+        ('{"a": {"b": 1, "b": 2}}', "of several 'b' in one mapping the last is kept"),
+    ],
+)
+def test_json_that_is_written_again_in_other_words(text: str, example: str) -> None:
+    assert read(call_with(text)).rewritten == example
+    assert read(json.dumps(call_with(text))).rewritten == example
+    assert read([USER, ANSWER], [{"name": "f", "parameters": text}]).rewritten == example

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pytest
 
 from sft_job.config.schema import JobConfig
 from sft_job.data.cache import CacheSpec, TokenCache, cache_spec, open_or_build
 from sft_job.data.columns import Column, message_columns
+from sft_job.data.faults import Fault
 from sft_job.data.files import check_data
+from sft_job.data.message_rows import MessageRow, message_rows
+from sft_job.data.messages import MessageRenderer, Rejected
 from sft_job.data.sample import check_sample
 from sft_job.data.template_check import check_template
 from sft_job.data.tokenizer import load_tokenizer
@@ -83,6 +88,79 @@ def test_rows_that_cannot_be_masked_are_named(spec: MakeSpec, save_tokenizer: An
     assert "row 0: messages[1]: neither generation blocks nor" in problems[1].rule
 
 
+TOOLS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ m.get('reasoning_content', '')[:3] }}"
+    "{% for c in m.tool_calls %}{{ c.function.arguments | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
+)
+
+
+def with_call(arguments: Any) -> list[dict[str, Any]]:
+    return [USER, {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": arguments}]}]
+
+
+@pytest.mark.parametrize("levels", [95, 600])
+def test_a_deeply_nested_cell_costs_its_row_alone(
+    spec: MakeSpec, save_tokenizer: Any, tmp_path: Path, levels: int
+) -> None:
+    folder = save_tokenizer(TOOLS, name="tools", eos_token="<|im_end|>")
+    deep = '{"graph<|im_end|>":' * levels + "{}" + "}" * levels
+    rows = [json.dumps(SHORT), json.dumps(with_call(deep)), json.dumps(with_call("{}")), json.dumps(SHORT)]
+    tools = [None, None, None, "[" * levels + "]" * levels]
+    subject = spec(
+        write(tmp_path / "a.parquet", messages=rows, tools=tools), messages=columns(), tokenizer=folder, max_length=9999
+    )
+    report = open_or_build(subject, tmp_path / "cache", 1).report
+    assert report["rejected"] == {"no_text": 2 if levels > 100 else 1}
+
+
+def test_a_stack_that_overflows_costs_its_row_alone() -> None:
+    class Renderer:
+        """Fails as a renderer does on what is nested too deeply."""
+
+        def render(self, conversations: list[Any]) -> list[Any]:
+            if any(each.messages[0]["content"] == "deep" for each in conversations):
+                raise RecursionError("maximum recursion depth exceeded")
+            return [Rejected(Fault.NOT_PROVED, "as usual") for _ in conversations]
+
+    deep = [{"role": "user", "content": "deep"}, ANSWER]
+    batch = pa.record_batch({"messages": [SHORT, deep, SHORT]})
+    found = list(message_rows(Renderer(), batch, columns(), "all", None))  # type: ignore[arg-type]
+    assert [row.row.reason for row in found if isinstance(row, MessageRow) and isinstance(row.row, Rejected)] == [
+        "as usual",
+        "the row is nested too deeply: maximum recursion depth exceeded",
+        "as usual",
+    ]
+
+
+def test_huge_rows_are_measured_with_all_their_texts(save_tokenizer: Any) -> None:
+    folder = save_tokenizer(TOOLS, name="tools", eos_token="<|im_end|>")
+    renderer = MessageRenderer(load_tokenizer(folder))
+    dropped = [USER, {**ANSWER, "reasoning_content": "leaf" * 500}]
+    rows = [SHORT, with_call({"q": ["walk" * 500]}), dropped]
+    batch = pa.record_batch({"messages": [json.dumps(row) for row in rows]})
+    found = sorted(message_rows(renderer, batch, columns(), "all", 1000), key=lambda row: row[0])
+    assert [isinstance(row, MessageRow) for row in found] == [True, False, True]
+    number, size = found[1][:2]
+    # What the template leaves out does not count.
+    assert number == 1
+    assert isinstance(size, int)
+    assert 2000 < size < 2100
+
+
+def test_json_in_other_words_is_noted_once(spec: MakeSpec, save_tokenizer: Any, tmp_path: Path) -> None:
+    folder = save_tokenizer(TOOLS, name="tools", eos_token="<|im_end|>")
+    rows = [json.dumps(with_call(text)) for text in ('{"q": 1.1}', '{"q":1.10,"z":1e5}', '{"q": 2e1}')]
+    subject = spec(write(tmp_path / "a.parquet", messages=rows), messages=columns(), tokenizer=folder)
+    cache = open_or_build(subject, tmp_path / "cache", 1)
+    assert '{"q": 1.1, "z": 100000.0}' in trained(cache, folder)[1]
+    (note,) = [note for note in cache.report["notes"] if "other words" in note]
+    assert note.startswith(
+        "2 of 3 rows of data.train_files hold JSON that is read and written again in other words: 1.10"
+    )
+    assert [file["rows_with_rewritten_json"] for file in cache.report["files"]] == [2]
+
+
 def config(tmp_path: Path, folder: Path, **multiturn: Any) -> JobConfig:
     found = JobConfig()
     found.data.train_files, found.model.partial_pretrain = str(tmp_path / "a.parquet"), str(folder)
@@ -127,3 +205,41 @@ def test_the_self_test_looks_at_conversations(spec: MakeSpec, save_tokenizer: An
     none = save_tokenizer(None, name="none", eos_token="<|im_end|>")
     (problem,) = check_template(spec(file, messages=columns(), tokenizer=none)).problems
     assert problem.rule == "conversations need a chat template, and the tokenizer has none"
+
+
+TODAY = (
+    "{# strftime_now #}{% if strftime_now is defined %}{% set day = strftime_now('%d %b %Y') %}{% endif %}"
+    "{% if date_string is defined %}{% set day = date_string %}{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ day if loop.first }}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "written"),
+    [({"strftime_now": "2024-07-26"}, "26 Jul 2024"), ({"date_string": "the day"}, "the day")],
+)
+def test_a_day_is_fixed(
+    spec: MakeSpec, save_tokenizer: Any, tmp_path: Path, kwargs: dict[str, Any], written: str
+) -> None:
+    folder = save_tokenizer(TODAY, name="today", eos_token="<|im_end|>")
+    file = write(tmp_path / "a.parquet", messages=[SHORT])
+    subject = spec(file, messages=columns(), tokenizer=folder, template_kwargs=kwargs)
+    assert check_template(subject).problems == []
+    tokenizer: Any = load_tokenizer(folder)
+    text = tokenizer.decode(open_or_build(subject, tmp_path / "cache", 1).row(0).ids.tolist())
+    assert text.startswith(f"<|im_start|>user\n{written}graph<|im_end|>")
+
+
+def test_todays_date_is_refused(spec: MakeSpec, save_tokenizer: Any, tmp_path: Path) -> None:
+    folder = save_tokenizer(TODAY, name="today", eos_token="<|im_end|>")
+    subject = spec(write(tmp_path / "a.parquet", messages=[SHORT]), messages=columns(), tokenizer=folder)
+    (problem,) = check_template(subject).problems
+    assert "data.apply_chat_template_kwargs.strftime_now to a day" in problem.fix
+    (problem,) = check_template(replace(subject, template_kwargs={"strftime_now": "today"})).problems
+    assert problem.rule == "must be a day: YYYY-MM-DD"
+    other = save_tokenizer(TODAY.replace("'%d %b %Y'", "format"), name="other", eos_token="<|im_end|>")
+    (problem,) = check_template(
+        replace(subject, tokenizer=other, template_kwargs={"strftime_now": "2024-07-26"})
+    ).problems
+    assert "the day cannot be fixed" in problem.rule

@@ -178,6 +178,9 @@ def test_templates_that_fail_on_assistants_end_with_eos(save_tokenizer: Save) ->
         ("{{ raise_exception('System first') }}", {"eos_token": "<|im_end|>"}, {}, "TemplateError: System first"),
         ("{% if %}", {"eos_token": "<|im_end|>"}, {}, "TemplateSyntaxError"),
         (CHATML, {"eos_token": "<|im_end|>"}, {"template_kwargs": {"tokenize": True}}, "is set by the job itself"),
+        (CHATML, {"eos_token": "<|im_end|>"}, {"template_kwargs": {"messages": "x"}}, "is set by the job itself"),
+        (CHATML, {"eos_token": "<|im_end|>"}, {"template_kwargs": {"tools": []}}, "is set by the job itself"),
+        (CHATML, {"eos_token": "<|im_end|>"}, {"template_kwargs": {"documents": []}}, "is set by the job itself"),
     ],
 )
 def test_templates_that_cannot_be_used(

@@ -79,9 +79,41 @@ def test_one_row(preview: Preview, inputs: Path) -> None:
     assert json.loads(preview("--row", "5", "--json", "-").stdout) == record
 
 
+def test_a_row_of_validation(preview: Preview, inputs: Path) -> None:
+    result = preview("--row", "val.parquet:3", "--json", "-")
+    assert result.exit_code == 0, result.stderr
+    (record,) = [json.loads(line) for line in result.stdout.splitlines()]
+    rows = pq.read_table(inputs / "val.parquet")
+    assert rows["prompt"][3].as_py() in record["text"]
+    assert (record["row"], record["pack"], record["reject_reason"]) == (f"{inputs}/val.parquet:3", None, None)
+    # The same file as training rows: the same labels.
+    twin = preview(
+        "--row",
+        "val.parquet:3",
+        "--json",
+        "-",
+        f"data.train_files={inputs}/val.parquet",
+        "data.val_files=null",
+        "data.train_batch_size=2",
+    )
+    same = json.loads(twin.stdout)
+    assert [record[key] for key in ("input_ids", "labels", "position_ids")] == [
+        same[key] for key in ("input_ids", "labels", "position_ids")
+    ]
+    shown = preview("--row", "val.parquet:3").stdout
+    assert "in the loss; validation, not trained" in shown
+    assert "⟦" in shown
+    named = f"data.val_files={{a: {inputs}/train.parquet, b: {inputs}/val.parquet}}"
+    assert json.loads(preview(named, "--row", "val.parquet:3", "--json", "-").stdout) == record
+    # A file of both is shown where it is trained.
+    assert json.loads(preview(named, "--row", "train.parquet:3", "--json", "-").stdout)["pack"]
+
+
 @pytest.mark.parametrize(
     ("options", "code", "told"),
     [
+        (("--row", "val.parquet:5"), 65, "has 5 rows, numbered from 0 to 4"),
+        (("--row", "val.parquet:4", "data.val_max_samples=2"), 0, "beyond data.val_max_samples = 2"),
         (("--row", "train.parquet:13"), 65, "has 13 rows, numbered from 0 to 12"),
         (("--row", "99"), 65, "the token cache has 13 rows, numbered from 0 to 12"),
         (("--row", "nowhere.parquet:0"), 65, "no such file among: "),
