@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,7 @@ _DISK_PATIENCE = timedelta(days=1)
 # After an error elsewhere, a save in flight has this long; the supervisor then ends the ranks.
 _CLOSE_SECONDS = 15.0
 _MEMORY_SHARE = 0.8
+_T = TypeVar("_T")
 Export = Callable[[Path, Callable[[], None]], str]
 
 
@@ -238,7 +239,7 @@ class Checkpointer:
         state = replace(state, kept=kept, contents=contents)
         try:
             order = self._order(state, purpose)
-        except Exception as error:
+        except Exception as error:  # alike on every rank; what one rank meets alone, the order carries
             self._writing.drop()
             self._judge(purpose, state.step, error)
             return state
@@ -271,26 +272,31 @@ class Checkpointer:
 
     def _order(self, state: RunState, purpose: Purpose) -> Order | Saved:
         """What to write, staged; an export is written at once, for it needs the live model and all ranks."""
+        exported = purpose is Purpose.LAST or ("hf_model" in self._policy.contents and state.kept)
+        (tensors, need), failure = _tried(lambda: self._tensors(state, exported), ({}, 0))
+        if exported:
+            on_every_rank(_raise, failure, group=self._group)
+            there = self._on_first(already_there, self._run, state.step)
+            if there is not None and there.weights_sha256:
+                return Saved(self._run.step(state.step), there)  # an earlier start got this far and no further
+            self._on_first(begin, self._run, state.step, need, self._files)
+            state = replace(state, weights_sha256=self._exported(temporary_folder(self._run, state.step)))
+        if self._asynchronous and failure is None:
+            tensors, failure = _tried(lambda: self._staging.stage(tensors), {})
+        return Order(state, tensors, need, begun=exported, verify=purpose is not Purpose.STOP, failure=failure)
+
+    def _tensors(self, state: RunState, exported: bool) -> tuple[dict[str, Any], int]:
+        """This rank's part, and the bytes that all ranks will write."""
         tensors = trained_tensors(
             self._module,
             self._optimizer,
             with_model="model" in state.contents,
             with_optimizer="optimizer" in state.contents,
         )
-        exported = purpose is Purpose.LAST or ("hf_model" in self._policy.contents and state.kept)
         need = bytes_needed(tensors, global_bytes(tensors), dist.get_world_size())
         if exported:
             need += global_bytes([p for p in self._module.parameters() if p.requires_grad])
-        need = max(need, self._measured.get((exported, state.contents), 0))
-        if exported:
-            there = self._on_first(already_there, self._run, state.step)
-            if there is not None and there.weights_sha256:
-                return Saved(self._run.step(state.step), there)  # an earlier start got this far and no further
-            self._on_first(begin, self._run, state.step, need, self._files)
-            state = replace(state, weights_sha256=self._exported(temporary_folder(self._run, state.step)))
-        if self._asynchronous:
-            tensors = self._staging.stage(tensors)
-        return Order(state, tensors, need, begun=exported, verify=purpose is not Purpose.STOP)
+        return tensors, max(need, self._measured.get((exported, state.contents), 0))
 
     def _exported(self, temporary: Path) -> str:
         self._on_first(self._files.mkdir, temporary / self._export_name)
@@ -301,9 +307,12 @@ class Checkpointer:
         return on_every_rank(self._export, temporary / self._export_name, meet, group=self._group)[0]
 
     def _carry_out(self, order: Order) -> Saved:
-        if self._asynchronous:
-            self._staging.wait()
-        return self._writing.carry_out(order)
+        def ready() -> None:
+            _raise(order.failure)
+            if self._asynchronous:
+                self._staging.wait()
+
+        return self._writing.carry_out(order, ready)
 
     def _land(self, *, judge: bool = True) -> Saved | None:
         """Wait for the save in flight; None where it failed and the run goes on."""
@@ -375,6 +384,19 @@ class Checkpointer:
             return self._on_first(action, *arguments)
         except OSError as error:
             raise JobError(ExitCode.CANNOT_CREATE, f"{self._run.checkpoints}: {error}") from error
+
+
+def _tried(make: Callable[[], _T], otherwise: _T) -> tuple[_T, Exception | None]:
+    """What this rank made, or what it met: the others must hear of it before anything else is said."""
+    try:
+        return make(), None
+    except Exception as error:
+        return otherwise, error
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error
 
 
 def _make_checkpoint_folder(run: RunFolder, files: Files) -> None:

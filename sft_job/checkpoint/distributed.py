@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,9 @@ _DISK_SIGNS = ("unexpected pos", "No space left", "Disk quota", "File too large"
 
 
 def is_disk_failure(error: Exception) -> bool:
-    """A file could not be written."""
+    """A file could not be written; memory that ran out is no such thing, however it is said."""
+    if "DefaultCPUAllocator" in str(error) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return False
     return isinstance(error, OSError) or any(sign in str(error) for sign in _DISK_SIGNS)
 
 

@@ -78,7 +78,7 @@ def publish(
         files: does the file operations.
 
     Raises:
-        OSError: the disk refused, or a link stands where the folder should be.
+        OSError: the disk refused, a link stands where the folder should be, or a known file is not there.
     """
     files = files or Files()
     known = known or {}
@@ -92,6 +92,10 @@ def publish(
     write_durably(temporary / MANIFEST, text, files)
     for part in [*(path for path in temporary.rglob("*") if path.is_dir()), temporary]:
         files.fsync(part)
+    for name, content in known.items():
+        path = temporary / name
+        if path.is_symlink() or not path.is_file() or path.stat().st_size != content.bytes:
+            raise OSError(f"{name}: not there with its {content.bytes} bytes, so nothing is published")
     if confirm is not None:
         confirm()
     replaced = run.checkpoints / f"{_REPLACED}{folder.name}"

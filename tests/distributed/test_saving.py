@@ -492,3 +492,48 @@ def _twins(run: Path) -> list[bool]:
 def test_memory_for_a_copy(tmp_path, ranks, world) -> None:
     """Of 1.4 MB it is pages of its own; with two ranks, 0.7 MB each, torch's."""
     assert ranks(world, _twins, tmp_path) == [[True, True]] * world
+
+
+def _unstaged(run: Path, error: Exception) -> tuple[list[str], list[str]]:
+    """Rank 1 cannot copy the state of step 2; step 3 follows."""
+    from sft_job.checkpoint.checkpointer import Purpose, SavePolicy
+
+    policy = SavePolicy(frozenset({"model", "optimizer"}), keep=1, end_on_failure=False)
+    said: list[str] = []
+    errors: list[str] = []
+    checkpointer = _small(run, policy=policy, warn=said.append)
+    stage = checkpointer._staging.stage
+
+    def fail(tree: Any) -> Any:
+        raise error
+
+    for step in (1, 2, 3):
+        broken = step == 2 and os.environ["RANK"] == "1"
+        checkpointer._staging.stage = fail if broken else stage
+        try:
+            checkpointer.save(_state(step), Purpose.KEPT)
+            checkpointer.collect(2.0)
+        except Exception as caught:
+            errors.append(str(caught))
+    return errors, said
+
+
+@pytest.mark.parametrize(
+    ("error", "ends"),
+    [
+        (OSError(12, "Cannot allocate memory"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory"), True),
+        (OSError(5, "Input/output error"), False),
+    ],
+    ids=["mmap", "torch", "disk"],
+)
+def test_what_one_rank_meets_before_it_writes_all_hear_of(tmp_path, ranks, error, ends) -> None:
+    from sft_job.checkpoint.folder import damage
+
+    found = ranks(2, _unstaged, tmp_path, error, timeout=30.0)
+    assert found[0] == found[1]
+    errors, said = found[0]
+    assert (len(errors), len(said)) == ((1, 0) if ends else (0, 1))
+    assert str(error) in (errors + said)[0]
+    assert folders(tmp_path) == ["global_step_3"]
+    assert damage(tmp_path / "checkpoints" / "global_step_3") is None

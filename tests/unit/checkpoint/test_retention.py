@@ -187,6 +187,25 @@ def test_what_the_disk_gives_back_is_compared(run) -> None:
     assert "shard" in (changed_on_disk(run.step(1), known, files) or "")
 
 
+@pytest.mark.parametrize("harm", ["missing", "short"])
+def test_a_known_file_that_is_not_there_is_not_published(run, harm) -> None:
+    files = Files()
+    save(run, 1, True, None, files)
+    begin(run, 2, 0, files)
+    path = temporary_folder(run, 2) / "__1_0.distcp"
+    with files.writing(path) as file:
+        file.write(b"weights")
+    known = {path.name: file.content}
+    if harm == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(b"half")
+    with pytest.raises(OSError, match=r"__1_0\.distcp: not there with its 7 bytes"):
+        publish(run, 2, known)
+    assert published(run) == [run.step(1)]
+    assert run.latest.read_text() == "global_step_1"
+
+
 def test_too_little_space_is_said_before_anything_is_written(run) -> None:
     save(run, 1, True, None, Files())
     files = Counting()
