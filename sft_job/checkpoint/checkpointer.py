@@ -18,12 +18,12 @@ from torch import nn
 from sft_job.checkpoint.background import Background
 from sft_job.checkpoint.distributed import is_disk_failure, load_tensors, on_every_rank, on_first_rank, trained_tensors
 from sft_job.checkpoint.files import Files
-from sft_job.checkpoint.folder import clear_leftovers, mark_final, temporary_folder
+from sft_job.checkpoint.folder import TO_GO_ON, clear_leftovers, mark_final, state_or_none, temporary_folder
 from sft_job.checkpoint.save import Order, Saved, Writing, already_there, begin, bytes_needed
 from sft_job.checkpoint.staging import Staging, global_bytes, local_bytes
 from sft_job.checkpoint.state import RunState
 from sft_job.config.schema import TrainerConfig
-from sft_job.contract import ExitCode, RunFolder, step_of
+from sft_job.contract import ExitCode, RunFolder
 from sft_job.data.shm import available_memory
 from sft_job.errors import JobError
 
@@ -164,6 +164,7 @@ class Checkpointer:
         self._last_order = time.monotonic()
         self.newest: Path | None = None
         """The newest checkpoint that is known to be published."""
+        self._newest_state: RunState | None = None
         self.timing: SaveTiming | None = None
         """Of the last save that has ended."""
 
@@ -189,7 +190,7 @@ class Checkpointer:
             JobError: it lacks tensors or does not fit the model (74).
         """
         load_tensors(folder, self._module, self._optimizer, self._group)
-        self.newest = folder
+        self._published(folder, self._on_first(state_or_none, folder))
 
     def flags(self) -> tuple[float, float]:
         """This rank's part of two sums over the ranks, for the step's own reduction.
@@ -233,9 +234,13 @@ class Checkpointer:
                 self._tell(f"{self._progress(self._flight)}; the next save waits (save less often, or faster disks)")
             self._land(judge=not purpose.awaited)  # an awaited save decides for itself
         self._last_order = time.monotonic()
-        kept = purpose in (Purpose.KEPT, Purpose.LAST)
+        # One that takes the place of the newest one, at the same step, has all that is in that one.
+        before = self._newest_state if self._newest_state and self._newest_state.step == state.step else None
+        held = before.contents if before else ()
+        listed = purpose in (Purpose.KEPT, Purpose.LAST)
+        kept = listed or (before is not None and before.kept)
         # Between the kept ones a checkpoint holds all that is needed to go on, whatever those hold.
-        contents = tuple(name for name in ("model", "optimizer") if name in self._policy.contents or not kept)
+        contents = tuple(n for n in ("model", "optimizer") if n in self._policy.contents or not listed or n in held)
         state = replace(state, kept=kept, contents=contents)
         try:
             order = self._order(state, purpose)
@@ -244,7 +249,7 @@ class Checkpointer:
             self._judge(purpose, state.step, error)
             return state
         if isinstance(order, Saved):
-            self.newest = order.folder
+            self._published(order.folder, order.state)
             return order.state
         work = Background(lambda: self._carry_out(order))
         self._flight = _Flight(purpose, order, work, began, time.monotonic() - began)
@@ -257,7 +262,8 @@ class Checkpointer:
         """Leave with a checkpoint of this step: the one in flight, the newest one, or one more."""
         if self._flight is not None:
             self._land(judge=False)
-        if self.newest is not None and step_of(self.newest) == state.step:
+        there = self._newest_state
+        if there is not None and there.step == state.step and set(there.contents) >= TO_GO_ON:
             return state
         return self.save(state, Purpose.STOP)
 
@@ -276,7 +282,7 @@ class Checkpointer:
         (tensors, need), failure = _tried(lambda: self._tensors(state, exported), ({}, 0))
         if exported:
             on_every_rank(_raise, failure, group=self._group)
-            there = self._on_first(already_there, self._run, state.step)
+            there = self._on_first(already_there, self._run, state)
             if there is not None and there.weights_sha256:
                 return Saved(self._run.step(state.step), there)  # an earlier start got this far and no further
             self._on_first(begin, self._run, state.step, need, self._files)
@@ -326,7 +332,7 @@ class Checkpointer:
         except Exception as error:
             self._judge(flight.purpose, step, error, may_end=judge)
         else:
-            self.newest = saved.folder
+            self._published(saved.folder, saved.state)
             if saved.bytes:
                 self._measured[bool(saved.state.weights_sha256), saved.state.contents] = saved.bytes
             if saved.note:
@@ -348,6 +354,9 @@ class Checkpointer:
         if purpose.awaited or (may_end and purpose is Purpose.KEPT and self._policy.end_on_failure):
             raise JobError(ExitCode.CANNOT_CREATE, text) from error
         self._tell(f"{text} (training goes on, the next save tries again)")
+
+    def _published(self, folder: Path, state: RunState | None) -> None:
+        self.newest, self._newest_state = folder, state
 
     def _progress(self, flight: _Flight) -> str:
         seconds = max(1e-3, time.monotonic() - flight.began)

@@ -20,6 +20,8 @@ from sft_job.contract import RunFolder, step_of
 MANIFEST = "manifest.json"
 INDEX = ".metadata"
 """DCP's index of the shards: a pickle, so it must stand in the manifest."""
+TO_GO_ON = frozenset({"model", "optimizer"})
+"""What a checkpoint must hold for a run to go on from it."""
 _SAVING, _PRUNED, _REPLACED = ".saving_", ".pruned_", ".replaced_"
 
 
@@ -135,8 +137,13 @@ def changed_on_disk(folder: Path, known: Mapping[str, Content], files: Files) ->
     return None
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint by its manifest: the first bad file and why; None where it is whole."""
+def damage(folder: Path, *, sums: bool = True) -> str | None:
+    """What is wrong with a checkpoint by its manifest: the first bad file and why; None where it is whole.
+
+    Args:
+        folder: of the checkpoint.
+        sums: read every file; otherwise only names and sizes are compared.
+    """
     if folder.is_symlink():
         return "it is a link"
     try:
@@ -156,9 +163,11 @@ def damage(folder: Path) -> str | None:
             return f"{name}: {'a link' if path.is_symlink() else 'missing'}"
         if path.stat().st_size != content.bytes:
             return f"{name}: {path.stat().st_size} bytes instead of {content.bytes}"
+    if not sums:
+        return None
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        sums = pool.map(lambda name: file_sha256(folder / name), parsed)
-        for (name, content), found in zip(parsed.items(), sums, strict=True):
+        hashed = pool.map(lambda name: file_sha256(folder / name), parsed)
+        for (name, content), found in zip(parsed.items(), hashed, strict=True):
             if found != content.sha256:
                 return f"{name}: its content has changed since it was saved"
     return None
@@ -207,7 +216,7 @@ def prune(run: RunFolder, newest: Path, keep: int | None, files: Files | None = 
 
     Kept are the newest ``keep`` ones (None = all) of those that ``save_freq`` made, and ``newest`` itself. Those made
     for recovery or at a stop go, and so do folders of later steps: the run went on from before them because they
-    are damaged.
+    are damaged. Where ``newest`` cannot be gone on from, the newest one that can be stays too.
     """
     files = files or Files()
     step = step_of(newest) or 0
@@ -219,6 +228,11 @@ def prune(run: RunFolder, newest: Path, keep: int | None, files: Files | None = 
         kept = [folder for folder, state in states.items() if state is not None and state.kept]
         counts = (state := state_or_none(newest)) is None or state.kept
         surplus += kept[: max(0, len(kept) - max(0, keep - counts))]
+    if not _suffices(state_or_none(newest)):
+        # By names and sizes only: this is asked at every save of such a run.
+        enough = (path for path in reversed(older) if _suffices(states[path]) and damage(path, sums=False) is None)
+        needed = next(enough, None)
+        surplus = [path for path in surplus if path != needed]
     for folder in surplus:
         # The name goes first: a half-deleted folder must not be found by its number.
         doomed = run.checkpoints / f"{_PRUNED}{folder.name}"
@@ -227,6 +241,10 @@ def prune(run: RunFolder, newest: Path, keep: int | None, files: Files | None = 
         files.rename(folder, doomed)
         files.remove(doomed)
     return surplus
+
+
+def _suffices(state: RunState | None) -> bool:
+    return state is not None and set(state.contents) >= TO_GO_ON
 
 
 def state_or_none(folder: Path) -> RunState | None:

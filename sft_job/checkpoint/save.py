@@ -141,7 +141,7 @@ class Writing:
                 clear_leftovers(self._run, self._files)
 
     def _begin_or_find(self, order: Order) -> RunState | None:
-        there = already_there(self._run, order.state.step)
+        there = already_there(self._run, order.state)
         if there is None:
             begin(self._run, order.state.step, order.need, self._files)
         return there
@@ -192,11 +192,13 @@ def _shown(error: Exception | None) -> str:
     return "" if error is None else str(error)
 
 
-def already_there(run: RunFolder, step: int) -> RunState | None:
-    """The state of a step's checkpoint if there is a whole one."""
-    folder = run.step(step)
+def already_there(run: RunFolder, wanted: RunState) -> RunState | None:
+    """The state of a step's checkpoint if there is a whole one that holds all that is wanted."""
+    folder = run.step(wanted.step)
     refuse_link(folder)
-    return state_or_none(folder) if folder.is_dir() and damage(folder) is None else None
+    there = state_or_none(folder) if folder.is_dir() else None
+    holds = there is not None and set(wanted.contents) <= set(there.contents)
+    return there if holds and damage(folder) is None else None
 
 
 def begin(run: RunFolder, step: int, need: int, files: Files) -> None:

@@ -16,7 +16,9 @@ import pytest
 import torch
 
 from sft_job.checkpoint.files import Files
-from sft_job.contract import ExitCode
+from sft_job.checkpoint.folder import published
+from sft_job.checkpoint.state import read_state
+from sft_job.contract import ExitCode, RunFolder
 from tests.distributed.runs import Watched, run_job, seed_config
 
 TOTAL = 8
@@ -537,3 +539,31 @@ def test_what_one_rank_meets_before_it_writes_all_hear_of(tmp_path, ranks, error
     assert str(error) in (errors + said)[0]
     assert folders(tmp_path) == ["global_step_3"]
     assert damage(tmp_path / "checkpoints" / "global_step_3") is None
+
+
+def _without_optimizer(run: Path) -> list[list[str]]:
+    from sft_job.checkpoint.checkpointer import Purpose, SavePolicy
+
+    checkpointer = _small(run, policy=SavePolicy(frozenset({"model", "hf_model"}), keep=1, asynchronous=False))
+    found = []
+    for step, purpose in ((1, Purpose.RECOVERY), (2, Purpose.KEPT), (2, Purpose.STOP), (3, Purpose.KEPT)):
+        if purpose is Purpose.STOP:
+            checkpointer.stop(_state(step))
+        else:
+            checkpointer.save(_state(step), purpose)
+        states = [] if os.environ["RANK"] == "1" else [read_state(path) for path in published(RunFolder(run))]
+        found.append([f"{state.step} {state.kept} {'+'.join(state.contents)}" for state in states])
+        torch.distributed.barrier()
+    return found
+
+
+def test_one_to_go_on_from_stays(tmp_path, ranks) -> None:
+    """Kept checkpoints lack the optimizer: a stop at the same step adds it, and keeps what was exported."""
+    found = ranks(2, _without_optimizer, tmp_path)[0]
+    assert found == [
+        ["1 False model+optimizer"],
+        ["1 False model+optimizer", "2 True model"],
+        ["1 False model+optimizer", "2 True model+optimizer"],
+        ["2 True model+optimizer", "3 True model"],
+    ]
+    assert (tmp_path / "checkpoints" / "global_step_2" / "huggingface").is_dir()
