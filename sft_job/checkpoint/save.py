@@ -196,7 +196,7 @@ def already_there(run: RunFolder, wanted: RunState) -> RunState | None:
     """The state of a step's checkpoint if there is a whole one that holds all that is wanted."""
     folder = run.step(wanted.step)
     refuse_link(folder)
-    there = state_or_none(folder) if folder.is_dir() else None
+    there = state_or_none(folder)
     holds = there is not None and set(wanted.contents) <= set(there.contents)
     return there if holds and damage(folder) is None else None
 

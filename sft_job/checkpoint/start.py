@@ -102,7 +102,7 @@ def start_at(folder: Path, config: JobConfig, run: RunFolder, notes: Sequence[st
     changes = compare_config(state, config)
     _refuse(changes, state, config, folder)
     told = [f"changed since the checkpoint: {change}" for change in (*changes.longer, *changes.safe)]
-    finished = run.final.exists() and state.step >= state.total_steps and not changes.longer
+    finished = state.step >= state.total_steps and not changes.longer and run.final.exists()
     return Start(folder, state, finished, (*notes, *told))
 
 
