@@ -567,3 +567,29 @@ def test_one_to_go_on_from_stays(tmp_path, ranks) -> None:
         ["2 True model+optimizer", "3 True model"],
     ]
     assert (tmp_path / "checkpoints" / "global_step_2" / "huggingface").is_dir()
+
+
+def _export_without_memory(run: Path) -> tuple[bool, str]:
+    from sft_job.checkpoint.checkpointer import Purpose
+    from sft_job.memory import is_out_of_memory
+
+    def export(folder: Path, meet: Any) -> str:
+        if os.environ["RANK"] == "1":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB; os error")
+        return ""
+
+    checkpointer = _small(run, export=export)
+    try:
+        checkpointer.save(_state(1), Purpose.LAST)
+    except Exception as error:
+        return is_out_of_memory(error), str(error)
+    return False, ""
+
+
+def test_memory_that_runs_out_in_the_export_is_said_so_by_all(tmp_path, ranks) -> None:
+    """However it is worded, it is no failure of the disk."""
+    found = ranks(2, _export_without_memory, tmp_path)
+    assert found[0] == found[1]
+    assert found[0][0]
+    assert "Tried to allocate" in found[0][1]
+    assert folders(tmp_path) == []
