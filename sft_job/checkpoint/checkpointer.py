@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,12 +18,12 @@ from torch import nn
 from sft_job.checkpoint.background import Background
 from sft_job.checkpoint.distributed import is_disk_failure, load_tensors, on_every_rank, on_first_rank, trained_tensors
 from sft_job.checkpoint.files import Files
-from sft_job.checkpoint.folder import clear_leftovers, mark_final, temporary_folder
+from sft_job.checkpoint.folder import TO_GO_ON, clear_leftovers, mark_final, state_or_none, temporary_folder
 from sft_job.checkpoint.save import Order, Saved, Writing, already_there, begin, bytes_needed
 from sft_job.checkpoint.staging import Staging, global_bytes, local_bytes
 from sft_job.checkpoint.state import RunState
 from sft_job.config.schema import TrainerConfig
-from sft_job.contract import ExitCode, RunFolder, step_of
+from sft_job.contract import ExitCode, RunFolder
 from sft_job.data.shm import available_memory
 from sft_job.errors import JobError
 
@@ -34,6 +34,7 @@ _DISK_PATIENCE = timedelta(days=1)
 # After an error elsewhere, a save in flight has this long; the supervisor then ends the ranks.
 _CLOSE_SECONDS = 15.0
 _MEMORY_SHARE = 0.8
+_T = TypeVar("_T")
 Export = Callable[[Path, Callable[[], None]], str]
 
 
@@ -163,6 +164,7 @@ class Checkpointer:
         self._last_order = time.monotonic()
         self.newest: Path | None = None
         """The newest checkpoint that is known to be published."""
+        self._newest_state: RunState | None = None
         self.timing: SaveTiming | None = None
         """Of the last save that has ended."""
 
@@ -188,7 +190,7 @@ class Checkpointer:
             JobError: it lacks tensors or does not fit the model (74).
         """
         load_tensors(folder, self._module, self._optimizer, self._group)
-        self.newest = folder
+        self._published(folder, self._on_first(state_or_none, folder))
 
     def flags(self) -> tuple[float, float]:
         """This rank's part of two sums over the ranks, for the step's own reduction.
@@ -232,18 +234,22 @@ class Checkpointer:
                 self._tell(f"{self._progress(self._flight)}; the next save waits (save less often, or faster disks)")
             self._land(judge=not purpose.awaited)  # an awaited save decides for itself
         self._last_order = time.monotonic()
-        kept = purpose in (Purpose.KEPT, Purpose.LAST)
+        # One that takes the place of the newest one, at the same step, has all that is in that one.
+        before = self._newest_state if self._newest_state and self._newest_state.step == state.step else None
+        held = before.contents if before else ()
+        listed = purpose in (Purpose.KEPT, Purpose.LAST)
+        kept = listed or (before is not None and before.kept)
         # Between the kept ones a checkpoint holds all that is needed to go on, whatever those hold.
-        contents = tuple(name for name in ("model", "optimizer") if name in self._policy.contents or not kept)
+        contents = tuple(n for n in ("model", "optimizer") if n in self._policy.contents or not listed or n in held)
         state = replace(state, kept=kept, contents=contents)
         try:
             order = self._order(state, purpose)
-        except Exception as error:
+        except Exception as error:  # alike on every rank; what one rank meets alone, the order carries
             self._writing.drop()
             self._judge(purpose, state.step, error)
             return state
         if isinstance(order, Saved):
-            self.newest = order.folder
+            self._published(order.folder, order.state)
             return order.state
         work = Background(lambda: self._carry_out(order))
         self._flight = _Flight(purpose, order, work, began, time.monotonic() - began)
@@ -256,7 +262,8 @@ class Checkpointer:
         """Leave with a checkpoint of this step: the one in flight, the newest one, or one more."""
         if self._flight is not None:
             self._land(judge=False)
-        if self.newest is not None and step_of(self.newest) == state.step:
+        there = self._newest_state
+        if there is not None and there.step == state.step and set(there.contents) >= TO_GO_ON:
             return state
         return self.save(state, Purpose.STOP)
 
@@ -271,26 +278,31 @@ class Checkpointer:
 
     def _order(self, state: RunState, purpose: Purpose) -> Order | Saved:
         """What to write, staged; an export is written at once, for it needs the live model and all ranks."""
+        exported = purpose is Purpose.LAST or ("hf_model" in self._policy.contents and state.kept)
+        (tensors, need), failure = _tried(lambda: self._tensors(state, exported), ({}, 0))
+        if exported:
+            on_every_rank(_raise, failure, group=self._group)
+            there = self._on_first(already_there, self._run, state)
+            if there is not None and there.weights_sha256:
+                return Saved(self._run.step(state.step), there)  # an earlier start got this far and no further
+            self._on_first(begin, self._run, state.step, need, self._files)
+            state = replace(state, weights_sha256=self._exported(temporary_folder(self._run, state.step)))
+        if self._asynchronous and failure is None:
+            tensors, failure = _tried(lambda: self._staging.stage(tensors), {})
+        return Order(state, tensors, need, begun=exported, verify=purpose is not Purpose.STOP, failure=failure)
+
+    def _tensors(self, state: RunState, exported: bool) -> tuple[dict[str, Any], int]:
+        """This rank's part, and the bytes that all ranks will write."""
         tensors = trained_tensors(
             self._module,
             self._optimizer,
             with_model="model" in state.contents,
             with_optimizer="optimizer" in state.contents,
         )
-        exported = purpose is Purpose.LAST or ("hf_model" in self._policy.contents and state.kept)
         need = bytes_needed(tensors, global_bytes(tensors), dist.get_world_size())
         if exported:
             need += global_bytes([p for p in self._module.parameters() if p.requires_grad])
-        need = max(need, self._measured.get((exported, state.contents), 0))
-        if exported:
-            there = self._on_first(already_there, self._run, state.step)
-            if there is not None and there.weights_sha256:
-                return Saved(self._run.step(state.step), there)  # an earlier start got this far and no further
-            self._on_first(begin, self._run, state.step, need, self._files)
-            state = replace(state, weights_sha256=self._exported(temporary_folder(self._run, state.step)))
-        if self._asynchronous:
-            tensors = self._staging.stage(tensors)
-        return Order(state, tensors, need, begun=exported, verify=purpose is not Purpose.STOP)
+        return tensors, max(need, self._measured.get((exported, state.contents), 0))
 
     def _exported(self, temporary: Path) -> str:
         self._on_first(self._files.mkdir, temporary / self._export_name)
@@ -301,9 +313,12 @@ class Checkpointer:
         return on_every_rank(self._export, temporary / self._export_name, meet, group=self._group)[0]
 
     def _carry_out(self, order: Order) -> Saved:
-        if self._asynchronous:
-            self._staging.wait()
-        return self._writing.carry_out(order)
+        def ready() -> None:
+            _raise(order.failure)
+            if self._asynchronous:
+                self._staging.wait()
+
+        return self._writing.carry_out(order, ready)
 
     def _land(self, *, judge: bool = True) -> Saved | None:
         """Wait for the save in flight; None where it failed and the run goes on."""
@@ -317,7 +332,7 @@ class Checkpointer:
         except Exception as error:
             self._judge(flight.purpose, step, error, may_end=judge)
         else:
-            self.newest = saved.folder
+            self._published(saved.folder, saved.state)
             if saved.bytes:
                 self._measured[bool(saved.state.weights_sha256), saved.state.contents] = saved.bytes
             if saved.note:
@@ -339,6 +354,9 @@ class Checkpointer:
         if purpose.awaited or (may_end and purpose is Purpose.KEPT and self._policy.end_on_failure):
             raise JobError(ExitCode.CANNOT_CREATE, text) from error
         self._tell(f"{text} (training goes on, the next save tries again)")
+
+    def _published(self, folder: Path, state: RunState | None) -> None:
+        self.newest, self._newest_state = folder, state
 
     def _progress(self, flight: _Flight) -> str:
         seconds = max(1e-3, time.monotonic() - flight.began)
@@ -375,6 +393,19 @@ class Checkpointer:
             return self._on_first(action, *arguments)
         except OSError as error:
             raise JobError(ExitCode.CANNOT_CREATE, f"{self._run.checkpoints}: {error}") from error
+
+
+def _tried(make: Callable[[], _T], otherwise: _T) -> tuple[_T, Exception | None]:
+    """What this rank made, or what it met: the others must hear of it before anything else is said."""
+    try:
+        return make(), None
+    except Exception as error:
+        return otherwise, error
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error
 
 
 def _make_checkpoint_folder(run: RunFolder, files: Files) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,11 @@ _DISK_SIGNS = ("unexpected pos", "No space left", "Disk quota", "File too large"
 
 
 def is_disk_failure(error: Exception) -> bool:
-    """A file could not be written."""
+    """A file could not be written; memory that ran out is no such thing, however it is said."""
+    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        return False
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return False
     return isinstance(error, OSError) or any(sign in str(error) for sign in _DISK_SIGNS)
 
 
@@ -144,6 +149,7 @@ def _attempt(action: Callable[..., Any], *arguments: Any) -> tuple[Any, Exceptio
         return action(*arguments), None
     except Exception as error:
         # It must survive the journey to the other ranks, or they would wait for ever.
-        return None, error if isinstance(error, (OSError, JobError)) else RuntimeError(
-            f"{type(error).__name__}: {error}"
-        )
+        if isinstance(error, (OSError, JobError)):
+            return None, error
+        text = f"{type(error).__name__}: {error}"
+        return None, torch.OutOfMemoryError(text) if isinstance(error, torch.OutOfMemoryError) else RuntimeError(text)

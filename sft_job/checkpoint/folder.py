@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
 from sft_job.checkpoint.files import Content, Files
@@ -20,6 +21,10 @@ from sft_job.contract import RunFolder, step_of
 MANIFEST = "manifest.json"
 INDEX = ".metadata"
 """DCP's index of the shards: a pickle, so it must stand in the manifest."""
+TO_GO_ON = frozenset({"model", "optimizer"})
+"""What a checkpoint must hold for a run to go on from it."""
+UNREAD = "unread_"
+"""Begins the name of a checkpoint that could not be read when the run went on without it; nothing removes it."""
 _SAVING, _PRUNED, _REPLACED = ".saving_", ".pruned_", ".replaced_"
 
 
@@ -78,7 +83,7 @@ def publish(
         files: does the file operations.
 
     Raises:
-        OSError: the disk refused, or a link stands where the folder should be.
+        OSError: the disk refused, a link stands where the folder should be, or a known file is not there.
     """
     files = files or Files()
     known = known or {}
@@ -92,10 +97,14 @@ def publish(
     write_durably(temporary / MANIFEST, text, files)
     for part in [*(path for path in temporary.rglob("*") if path.is_dir()), temporary]:
         files.fsync(part)
+    for name, content in known.items():
+        path = temporary / name
+        if path.is_symlink() or not path.is_file() or path.stat().st_size != content.bytes:
+            raise OSError(f"{name}: not there with its {content.bytes} bytes, so nothing is published")
     if confirm is not None:
         confirm()
     replaced = run.checkpoints / f"{_REPLACED}{folder.name}"
-    if folder.exists():
+    if folder.exists() and not _put_aside(run, folder, files, also_whole=False):
         # One that is damaged, or lacks what this one has. Until the new one has its name, the old one can come back.
         files.remove(replaced)
         files.rename(folder, replaced)
@@ -131,48 +140,106 @@ def changed_on_disk(folder: Path, known: Mapping[str, Content], files: Files) ->
     return None
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint by its manifest: the first bad file and why; None where it is whole."""
-    if folder.is_symlink():
-        return "it is a link"
+@dataclass(frozen=True)
+class _Harm:
+    """What is wrong with a file; proven, or it could only not be read."""
+
+    text: str
+    proven: bool = True
+
+    @classmethod
+    def of(cls, name: str, error: OSError) -> _Harm:
+        gone = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        return cls(f"{name}: missing" if gone else f"{name}: cannot be read: {error.strerror or error}", gone)
+
+
+def damage(folder: Path, *, sums: bool = True) -> str | None:
+    """What is wrong with a checkpoint by its manifest: the first bad file and why; None where it is whole.
+
+    Args:
+        folder: of the checkpoint.
+        sums: read every file; otherwise only names and sizes are compared.
+    """
+    harm = _harm(folder, sums=sums)
+    return None if harm is None else harm.text
+
+
+def _harm(folder: Path, *, sums: bool = True) -> _Harm | None:
+    """The first proven harm; where there is none, the first file that cannot be read."""
     try:
+        if stat.S_ISLNK(folder.lstat().st_mode):
+            return _Harm("it is a link")
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         parsed = {str(name): Content(int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST}: {error}"
+    except OSError as error:
+        return _Harm.of(MANIFEST, error)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return _Harm(f"{MANIFEST}: {error}")
     for name in (STATE_FILE, INDEX):
         # What the manifest does not speak of is not proved by it.
-        if name not in parsed and (folder / name).exists():
-            return f"{name}: not in {MANIFEST}"
-    for name, content in parsed.items():
-        path = folder / name
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            return f"{MANIFEST}: {name!r} is not inside the checkpoint"
-        if path.is_symlink() or not path.is_file():
-            return f"{name}: {'a link' if path.is_symlink() else 'missing'}"
-        if path.stat().st_size != content.bytes:
-            return f"{name}: {path.stat().st_size} bytes instead of {content.bytes}"
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        sums = pool.map(lambda name: file_sha256(folder / name), parsed)
-        for (name, content), found in zip(parsed.items(), sums, strict=True):
-            if found != content.sha256:
-                return f"{name}: its content has changed since it was saved"
-    return None
+        if name not in parsed and os.path.lexists(folder / name):
+            return _Harm(f"{name}: not in {MANIFEST}")
+    found = [harm for name, content in parsed.items() if (harm := _harm_by_size(folder, name, content)) is not None]
+    if sums and not found:
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+            found = list(filter(None, pool.map(lambda item: _harm_by_sum(folder, *item), parsed.items())))
+    return next((harm for harm in found if harm.proven), found[0] if found else None)
+
+
+def _harm_by_size(folder: Path, name: str, content: Content) -> _Harm | None:
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        return _Harm(f"{MANIFEST}: {name!r} is not inside the checkpoint")
+    try:
+        status = (folder / name).lstat()
+    except OSError as error:
+        return _Harm.of(name, error)
+    if not stat.S_ISREG(status.st_mode):
+        return _Harm(f"{name}: {'a link' if stat.S_ISLNK(status.st_mode) else 'missing'}")
+    return (
+        _Harm(f"{name}: {status.st_size} bytes instead of {content.bytes}") if status.st_size != content.bytes else None
+    )
+
+
+def _harm_by_sum(folder: Path, name: str, content: Content) -> _Harm | None:
+    try:
+        found = file_sha256(folder / name)
+    except OSError as error:
+        return _Harm.of(name, error)
+    return _Harm(f"{name}: its content has changed since it was saved") if found != content.sha256 else None
 
 
 def published(run: RunFolder) -> list[Path]:
     """The checkpoint folders of a run, oldest step first."""
     if not run.checkpoints.is_dir():
         return []
-    steps = {step_of(path): path for path in run.checkpoints.iterdir() if path.is_dir() and not path.is_symlink()}
+    steps = {
+        step_of(path): path for path in run.checkpoints.iterdir() if step_of(path) is not None and _is_folder(path)
+    }
     return [steps[step] for step in sorted(step for step in steps if step is not None)]
+
+
+def _is_folder(path: Path) -> bool:
+    """Not through a link; one that cannot be looked at counts: what is wrong with it is said, not passed over."""
+    try:
+        return stat.S_ISDIR(path.lstat().st_mode)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+
+
+def _is_link(path: Path) -> bool:
+    try:
+        return path.is_symlink()
+    except OSError:
+        return False
 
 
 def linked(run: RunFolder) -> list[Path]:
     """Links that have a checkpoint's name: they are not looked into."""
     if not run.checkpoints.is_dir():
         return []
-    return sorted(path for path in run.checkpoints.iterdir() if step_of(path) is not None and path.is_symlink())
+    return sorted(path for path in run.checkpoints.iterdir() if step_of(path) is not None and _is_link(path))
 
 
 def newest_whole(folders: Iterable[Path], needed: frozenset[str] = frozenset()) -> tuple[Path | None, list[str]]:
@@ -203,18 +270,27 @@ def prune(run: RunFolder, newest: Path, keep: int | None, files: Files | None = 
 
     Kept are the newest ``keep`` ones (None = all) of those that ``save_freq`` made, and ``newest`` itself. Those made
     for recovery or at a stop go, and so do folders of later steps: the run went on from before them because they
-    are damaged.
+    are damaged. One of those that is not proved to be damaged, only could not be read, is renamed and stays. Where
+    ``newest`` cannot be gone on from, the newest one that can be stays too.
     """
     files = files or Files()
     step = step_of(newest) or 0
     older = [folder for folder in published(run) if (step_of(folder) or 0) < step]
-    surplus = [folder for folder in published(run) if (step_of(folder) or 0) > step]
+    surplus: list[Path] = []
+    for folder in (folder for folder in published(run) if (step_of(folder) or 0) > step):
+        if not _put_aside(run, folder, files, also_whole=True):
+            surplus.append(folder)
     states = {folder: state_or_none(folder) for folder in older}
     surplus += [folder for folder, state in states.items() if state is not None and not state.kept]
     if keep is not None:
         kept = [folder for folder, state in states.items() if state is not None and state.kept]
         counts = (state := state_or_none(newest)) is None or state.kept
         surplus += kept[: max(0, len(kept) - max(0, keep - counts))]
+    if not _suffices(state_or_none(newest)):
+        # By names and sizes only: this is asked at every save of such a run.
+        enough = (path for path in reversed(older) if _suffices(states[path]) and damage(path, sums=False) is None)
+        needed = next(enough, None)
+        surplus = [path for path in surplus if path != needed]
     for folder in surplus:
         # The name goes first: a half-deleted folder must not be found by its number.
         doomed = run.checkpoints / f"{_PRUNED}{folder.name}"
@@ -223,6 +299,31 @@ def prune(run: RunFolder, newest: Path, keep: int | None, files: Files | None = 
         files.rename(folder, doomed)
         files.remove(doomed)
     return surplus
+
+
+def _put_aside(run: RunFolder, folder: Path, files: Files, *, also_whole: bool) -> bool:
+    """Rename a checkpoint that is not proved to be damaged; whether that was done.
+
+    Args:
+        run: the run folder.
+        folder: the checkpoint.
+        files: does the file operations.
+        also_whole: also one that can be read by now, and gone on from.
+    """
+    harm = _harm(folder)
+    if harm.proven if harm else not (also_whole and _suffices(state_or_none(folder))):
+        return False
+    target = run.checkpoints / f"{UNREAD}{folder.name}"
+    count = 1
+    while os.path.lexists(target):
+        count += 1
+        target = run.checkpoints / f"{UNREAD}{folder.name}_{count}"
+    files.rename(folder, target)
+    return True
+
+
+def _suffices(state: RunState | None) -> bool:
+    return state is not None and set(state.contents) >= TO_GO_ON
 
 
 def state_or_none(folder: Path) -> RunState | None:

@@ -45,6 +45,7 @@ class Order:
         need: bytes that all ranks will write.
         begun: the temporary folder is there already, with the export in it.
         verify: read everything back before it is published, and then remove what it makes superfluous.
+        failure: what this rank met while it put the order together; no rank then carries it out.
     """
 
     state: RunState
@@ -52,6 +53,7 @@ class Order:
     need: int
     begun: bool
     verify: bool
+    failure: Exception | None = None
 
 
 @dataclass(frozen=True)
@@ -105,14 +107,19 @@ class Writing:
         """By this rank, of the present order."""
         return 0 if self._writer is None else self._writer.bytes_written
 
-    def carry_out(self, order: Order) -> Saved:
+    def carry_out(self, order: Order, ready: Callable[[], None]) -> Saved:
         """Write and publish (a collective call over the group, on any thread).
+
+        Args:
+            order: what to save.
+            ready: waits until this rank's tensors can be read; what it raises on one rank ends the save on all.
 
         Raises:
             Exception: the first rank's, on all ranks alike; the temporary folder is gone, older checkpoints are as
                 they were.
         """
         try:
+            on_every_rank(ready, group=self._group)
             if not order.begun:
                 there = on_first_rank(self._begin_or_find, order, group=self._group)
                 if there is not None:
@@ -134,7 +141,7 @@ class Writing:
                 clear_leftovers(self._run, self._files)
 
     def _begin_or_find(self, order: Order) -> RunState | None:
-        there = already_there(self._run, order.state.step)
+        there = already_there(self._run, order.state)
         if there is None:
             begin(self._run, order.state.step, order.need, self._files)
         return there
@@ -185,11 +192,13 @@ def _shown(error: Exception | None) -> str:
     return "" if error is None else str(error)
 
 
-def already_there(run: RunFolder, step: int) -> RunState | None:
-    """The state of a step's checkpoint if there is a whole one."""
-    folder = run.step(step)
+def already_there(run: RunFolder, wanted: RunState) -> RunState | None:
+    """The state of a step's checkpoint if there is a whole one that holds all that is wanted."""
+    folder = run.step(wanted.step)
     refuse_link(folder)
-    return state_or_none(folder) if folder.is_dir() and damage(folder) is None else None
+    there = state_or_none(folder)
+    holds = there is not None and set(wanted.contents) <= set(there.contents)
+    return there if holds and damage(folder) is None else None
 
 
 def begin(run: RunFolder, step: int, need: int, files: Files) -> None:

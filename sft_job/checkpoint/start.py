@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from sft_job.checkpoint.folder import linked, newest_whole, published
+from sft_job.checkpoint.folder import TO_GO_ON, linked, newest_whole, published
 from sft_job.checkpoint.remote import download_newest
 from sft_job.checkpoint.state import Changes, RunState, compare_config, read_state
 from sft_job.config.schema import JobConfig
@@ -17,7 +17,6 @@ from sft_job.errors import JobError, Problem, ProblemsError
 
 START_FILE = "start.txt"
 """In the report folder: the checkpoint that the supervisor verified, empty = none; the ranks do not verify again."""
-_TO_GO_ON = frozenset({"model", "optimizer"})
 
 
 @dataclass(frozen=True)
@@ -81,13 +80,13 @@ def find_start(config: JobConfig, run: RunFolder) -> Start:
     notes = [f"{path}: a link, not looked into" for path in linked(run)]
     folder: Path | None = None
     if own:
-        folder, damaged = newest_whole(own, _TO_GO_ON)
+        folder, damaged = newest_whole(own, TO_GO_ON)
         notes += damaged
         if folder is None:
             raise JobError(ExitCode.NO_CHECKPOINT, "no checkpoint of this run is usable:\n" + "\n".join(notes))
     elif config.trainer.resume_path is not None:
         path = Path(config.trainer.resume_path).resolve()
-        folder, damaged = newest_whole([path], _TO_GO_ON)
+        folder, damaged = newest_whole([path], TO_GO_ON)
         if folder is None:
             raise JobError(ExitCode.NO_CHECKPOINT, f"trainer.resume_path is not usable: {damaged[0]}")
     return start_at(folder, config, run, notes) if folder is not None else Start()
@@ -103,7 +102,7 @@ def start_at(folder: Path, config: JobConfig, run: RunFolder, notes: Sequence[st
     changes = compare_config(state, config)
     _refuse(changes, state, config, folder)
     told = [f"changed since the checkpoint: {change}" for change in (*changes.longer, *changes.safe)]
-    finished = run.final.exists() and state.step >= state.total_steps and not changes.longer
+    finished = state.step >= state.total_steps and not changes.longer and run.final.exists()
     return Start(folder, state, finished, (*notes, *told))
 
 

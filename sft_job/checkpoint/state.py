@@ -165,14 +165,24 @@ def read_state(folder: Path) -> RunState:
 
     Raises:
         OSError: there is none.
-        ValueError: it is not what this version writes.
+        ValueError: it is not what any version writes. Fields that this version does not know are left out, and those
+            that have a default may be missing.
     """
     try:
-        fields = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        sources = {name: SourceState(**source) for name, source in fields.get("sources", {}).items()}
-        return RunState(**fields | {"contents": tuple(fields["contents"]), "sources": sources})
-    except (TypeError, KeyError) as error:
+        fields = _known(RunState, json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
+        sources = {n: SourceState(**_known(SourceState, source)) for n, source in fields.pop("sources", {}).items()}
+        if "contents" in fields:
+            fields["contents"] = tuple(map(str, fields["contents"]))
+        if not isinstance(fields["step"], int) or not isinstance(fields["config"], dict):
+            raise TypeError("step or config are of another kind")
+        return RunState(**fields, sources=sources)
+    except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{folder / STATE_FILE}: {error}") from error
+
+
+def _known(kind: type, fields: dict[str, Any]) -> dict[str, Any]:
+    names = {each.name for each in dataclasses.fields(kind)}
+    return {name: value for name, value in fields.items() if name in names}
 
 
 def saved_config(state: RunState) -> JobConfig:

@@ -48,22 +48,29 @@ class JsonlLogger:
     Lines of steps after ``resume_step`` and half-written ones (from a process that was killed) are cut first: the file
     is written anew beside the old one and renamed, so that no instant leaves it without its good lines.
 
+    Only rank 0 has it, and the others wait for no error of it: while the run goes on, lines that cannot be written wait
+    in memory for the next attempt, which is the next line's.
+
     Args:
         path: the file; its folder is made.
         resume_step: step that the run goes on from; 0 = from the start.
 
     Raises:
-        JobError: the file cannot be written (exit code 73), here, in ``log`` and in ``close``.
+        JobError: the file cannot be written (exit code 73), here and in ``close``.
     """
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         self._path = path
+        self.warn: Warn = logging.getLogger("sft_job").warning
+        """Takes the first failure."""
+        self._warned = False
+        self._waiting = bytearray()
         self._step = -1
         self._logged: set[tuple[str, ...]] = set()  # the key sets logged at self._step
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._cut(resume_step)
-            self._file = path.open("a", encoding="utf-8")
+            self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise self._cannot_write(error) from error
 
@@ -72,18 +79,25 @@ class JsonlLogger:
         if not self._is_new(record):
             return
         line = json.dumps({key: _finite(value) for key, value in record.items()}, allow_nan=False)
+        self._waiting += f"{line}\n".encode()
         try:
-            self._file.write(line + "\n")
-            self._file.flush()
+            self._write()
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                self.warn(f"{self._path}: cannot be written: {error.strerror} (its lines wait in memory; free space)")
+
+    def close(self) -> None:
+        """Write what waits, and close the file."""
+        try:
+            with self._file:
+                self._write()
         except OSError as error:
             raise self._cannot_write(error) from error
 
-    def close(self) -> None:
-        """Close the file."""
-        try:
-            self._file.close()
-        except OSError as error:
-            raise self._cannot_write(error) from error
+    def _write(self) -> None:
+        while self._waiting:  # a disk that is nearly full takes a part
+            del self._waiting[: self._file.write(self._waiting)]
 
     def _is_new(self, record: Mapping[str, Any]) -> bool:
         """Training and validation lines share a step: a line is told by its step and its keys."""
@@ -192,7 +206,7 @@ class BackgroundLogger:
 
 
 class Loggers:
-    """Several loggers as one. Only ``metrics.jsonl`` may raise.
+    """Several loggers as one. Only ``metrics.jsonl`` may raise, and only in ``close``.
 
     Args:
         jsonl: the record of the run; it comes first.
@@ -268,6 +282,7 @@ def make_loggers(
     console = ConsoleLogger(total_steps, resume_step) if "console" in wanted else None
     if warn is None:
         warn = _warn_on(console)
+    jsonl.warn = warn
     others: list[Logger] = []
     if _usable("wandb", wanted, warn):
         inner = WandbLogger(run.wandb, project=project, name=experiment, config=config or {}, warn=warn)

@@ -16,7 +16,9 @@ import pytest
 import torch
 
 from sft_job.checkpoint.files import Files
-from sft_job.contract import ExitCode
+from sft_job.checkpoint.folder import published
+from sft_job.checkpoint.state import read_state
+from sft_job.contract import ExitCode, RunFolder
 from tests.distributed.runs import Watched, run_job, seed_config
 
 TOTAL = 8
@@ -492,3 +494,102 @@ def _twins(run: Path) -> list[bool]:
 def test_memory_for_a_copy(tmp_path, ranks, world) -> None:
     """Of 1.4 MB it is pages of its own; with two ranks, 0.7 MB each, torch's."""
     assert ranks(world, _twins, tmp_path) == [[True, True]] * world
+
+
+def _unstaged(run: Path, error: Exception) -> tuple[list[str], list[str]]:
+    """Rank 1 cannot copy the state of step 2; step 3 follows."""
+    from sft_job.checkpoint.checkpointer import Purpose, SavePolicy
+
+    policy = SavePolicy(frozenset({"model", "optimizer"}), keep=1, end_on_failure=False)
+    said: list[str] = []
+    errors: list[str] = []
+    checkpointer = _small(run, policy=policy, warn=said.append)
+    stage = checkpointer._staging.stage
+
+    def fail(tree: Any) -> Any:
+        raise error
+
+    for step in (1, 2, 3):
+        broken = step == 2 and os.environ["RANK"] == "1"
+        checkpointer._staging.stage = fail if broken else stage
+        try:
+            checkpointer.save(_state(step), Purpose.KEPT)
+            checkpointer.collect(2.0)
+        except Exception as caught:
+            errors.append(str(caught))
+    return errors, said
+
+
+@pytest.mark.parametrize(
+    ("error", "ends"),
+    [
+        (OSError(12, "Cannot allocate memory"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory"), True),
+        (OSError(5, "Input/output error"), False),
+    ],
+    ids=["mmap", "torch", "disk"],
+)
+def test_what_one_rank_meets_before_it_writes_all_hear_of(tmp_path, ranks, error, ends) -> None:
+    from sft_job.checkpoint.folder import damage
+
+    found = ranks(2, _unstaged, tmp_path, error, timeout=30.0)
+    assert found[0] == found[1]
+    errors, said = found[0]
+    assert (len(errors), len(said)) == ((1, 0) if ends else (0, 1))
+    assert str(error) in (errors + said)[0]
+    assert folders(tmp_path) == ["global_step_3"]
+    assert damage(tmp_path / "checkpoints" / "global_step_3") is None
+
+
+def _without_optimizer(run: Path) -> list[list[str]]:
+    from sft_job.checkpoint.checkpointer import Purpose, SavePolicy
+
+    checkpointer = _small(run, policy=SavePolicy(frozenset({"model", "hf_model"}), keep=1, asynchronous=False))
+    found = []
+    for step, purpose in ((1, Purpose.RECOVERY), (2, Purpose.KEPT), (2, Purpose.STOP), (3, Purpose.KEPT)):
+        if purpose is Purpose.STOP:
+            checkpointer.stop(_state(step))
+        else:
+            checkpointer.save(_state(step), purpose)
+        states = [] if os.environ["RANK"] == "1" else [read_state(path) for path in published(RunFolder(run))]
+        found.append([f"{state.step} {state.kept} {'+'.join(state.contents)}" for state in states])
+        torch.distributed.barrier()
+    return found
+
+
+def test_one_to_go_on_from_stays(tmp_path, ranks) -> None:
+    """Kept checkpoints lack the optimizer: a stop at the same step adds it, and keeps what was exported."""
+    found = ranks(2, _without_optimizer, tmp_path)[0]
+    assert found == [
+        ["1 False model+optimizer"],
+        ["1 False model+optimizer", "2 True model"],
+        ["1 False model+optimizer", "2 True model+optimizer"],
+        ["2 True model+optimizer", "3 True model"],
+    ]
+    assert (tmp_path / "checkpoints" / "global_step_2" / "huggingface").is_dir()
+
+
+def _export_without_memory(run: Path) -> tuple[bool, str]:
+    from sft_job.checkpoint.checkpointer import Purpose
+    from sft_job.memory import is_out_of_memory
+
+    def export(folder: Path, meet: Any) -> str:
+        if os.environ["RANK"] == "1":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB; os error")
+        return ""
+
+    checkpointer = _small(run, export=export)
+    try:
+        checkpointer.save(_state(1), Purpose.LAST)
+    except Exception as error:
+        return is_out_of_memory(error), str(error)
+    return False, ""
+
+
+def test_memory_that_runs_out_in_the_export_is_said_so_by_all(tmp_path, ranks) -> None:
+    """However it is worded, it is no failure of the disk."""
+    found = ranks(2, _export_without_memory, tmp_path)
+    assert found[0] == found[1]
+    assert found[0][0]
+    assert "Tried to allocate" in found[0][1]
+    assert folders(tmp_path) == []

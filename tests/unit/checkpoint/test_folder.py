@@ -146,3 +146,77 @@ def test_an_interrupted_write_leaves_the_old_pointer(run, monkeypatch) -> None:
         with pytest.raises(OSError, match="No space"):
             write_durably(run.latest, "global_step_2")
     assert run.latest.read_text() == "global_step_1"
+
+
+class Unreadable:
+    """Files below a folder that the disk does not give back."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, path: Path, error: OSError, operation: str) -> None:
+        self.active = True
+        real = getattr(Path, operation)
+
+        def failing(found: Path, *args, **options):
+            if self.active and found == path:
+                raise error
+            return real(found, *args, **options)
+
+        monkeypatch.setattr(Path, operation, failing)
+
+
+ERRORS = [OSError(5, "Input/output error"), PermissionError(13, "Permission denied"), OSError(116, "Stale file handle")]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=["EIO", "EACCES", "ESTALE"])
+@pytest.mark.parametrize("operation", ["lstat", "stat", "open", "read_text"])
+@pytest.mark.parametrize("name", [".", "manifest.json", "state.json", "__0_0.distcp"])
+def test_what_cannot_be_read_is_passed_over(run, monkeypatch, name, operation, error) -> None:
+    for step in (1, 2):
+        save(run, step)
+    Unreadable(monkeypatch, run.step(2) / name, error, operation)
+    found, notes = newest_whole(published(run))
+    if (name, operation) in {(".", "lstat"), ("manifest.json", "read_text"), ("__0_0.distcp", "open")}:
+        assert error.strerror in notes[0]
+    assert found == run.step(1) or (found == run.step(2) and notes == [])  # this operation is not done there
+
+
+@pytest.mark.parametrize("later", [True, False])
+@pytest.mark.parametrize("healed", [True, False])
+def test_what_could_not_be_read_is_not_removed(run, monkeypatch, later, healed) -> None:
+    """By the time of the next save it can be read again, or it cannot; at a later step than that, or at the same."""
+    for step in (1, 3):
+        save(run, step)
+    unreadable = Unreadable(monkeypatch, run.step(3) / "__0_0.distcp", ERRORS[0], "open")
+    assert newest_whole(published(run))[0] == run.step(1)
+    unreadable.active = not healed
+    if later:
+        prune(run, save(run, 2), None)
+        expected = ["global_step_1", "global_step_2", "latest", "unread_global_step_3"]
+    else:
+        save(run, 3)
+        aside = [] if healed else ["unread_global_step_3"]  # the same step again, and the old one whole: not needed
+        expected = ["global_step_1", "global_step_3", "latest", *aside]
+    folders.clear_leftovers(run)
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == expected
+    assert run.step(3) not in published(run) or not later
+
+
+def test_a_second_one_of_the_same_name_stays_too(run, monkeypatch) -> None:
+    for _ in range(2):
+        save(run, 3)
+        unreadable = Unreadable(monkeypatch, run.step(3) / "__0_0.distcp", ERRORS[0], "open")
+        prune(run, save(run, 2), None)
+        unreadable.active = False
+    names = sorted(path.name for path in run.checkpoints.iterdir())
+    assert names == ["global_step_2", "latest", "unread_global_step_3", "unread_global_step_3_2"]
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "1", '"x"', '{"step": 2}', '{"sources": []}', "{"])
+def test_a_state_of_another_form_is_damage(run, text) -> None:
+    save(run, 1)
+    temporary = temporary_folder(run, 2)
+    temporary.mkdir()
+    (temporary / "state.json").write_text(text)
+    publish(run, 2)
+    found, notes = newest_whole(published(run))
+    assert found == run.step(1)
+    assert "state.json cannot be read" in notes[0]

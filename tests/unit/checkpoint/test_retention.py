@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from sft_job.checkpoint.files import Files
 from sft_job.checkpoint.folder import (
+    TO_GO_ON,
     changed_on_disk,
     clear_leftovers,
     damage,
@@ -50,9 +51,13 @@ class Counting(Files):
             self.left -= 1
 
 
-def save(run: RunFolder, step: int, kept: bool, keep: int | None, files: Files, *, verify: bool = True) -> Path:
-    """What ``Writing`` does on one rank, with two files in place of shards."""
-    if already_there(run, step) is not None:
+def save(
+    run: RunFolder, step: int, kept: bool, keep: int | None, files: Files, *, verify: bool = True, whole: bool = True
+) -> Path:
+    """What ``Writing`` does on one rank, with two files in place of shards; without the optimizer where not whole."""
+    contents = ("model", "optimizer") if whole else ("model",)
+    state = replace(STATE, step=step, kept=kept, contents=contents)
+    if already_there(run, state) is not None:
         return run.step(step)
     begin(run, step, 0, files)
     temporary = temporary_folder(run, step)
@@ -62,7 +67,7 @@ def save(run: RunFolder, step: int, kept: bool, keep: int | None, files: Files, 
             file.write(f"weights of step {step}".encode())
         known[name] = file.content
     with files.writing(temporary / "state.json") as file:
-        file.write(replace(STATE, step=step, kept=kept).to_json().encode())
+        file.write(state.to_json().encode())
     if verify:
         assert changed_on_disk(temporary, known, files) is None
     folder = publish(run, step, known, None, files)
@@ -77,33 +82,39 @@ def run(tmp_path: Path) -> RunFolder:
     return RunFolder(tmp_path)
 
 
-Save = tuple[bool, int | None, int | None, bool]
+Save = tuple[bool, int | None, int | None, bool, bool]
 keeps, killed_at = st.one_of(st.none(), st.integers(1, 3)), st.one_of(st.none(), st.integers(0, 32))
-saves = st.lists(st.tuples(st.booleans(), keeps, killed_at, st.booleans()), min_size=1, max_size=8)
+saves = st.lists(st.tuples(st.booleans(), keeps, killed_at, st.booleans(), st.booleans()), min_size=1, max_size=8)
 
 
 @settings(deadline=None, max_examples=40)
 @given(saves)
 def test_a_whole_newest_checkpoint_remains(tmp_path_factory, history: list[Save]) -> None:
-    """Each save: kept or not, max_ckpt_to_keep (it may change between starts), killed at an operation, verified."""
+    """Each save: kept or not, max_ckpt_to_keep (it may change between starts), killed at an operation, verified, and
+    with the optimizer or, of a kept one, without."""
     run = RunFolder(tmp_path_factory.mktemp("run"))
     run.checkpoints.mkdir()
     step, proved = 0, 0
-    for kept, keep, last, verify in history:
+    for kept, keep, last, verify, with_optimizer in history:
         step += 1
+        whole = with_optimizer or not kept
+        killed = False
         try:
-            save(run, step, kept, keep, Counting(last), verify=verify)
-            proved = step
+            save(run, step, kept, keep, Counting(last), verify=verify, whole=whole)
+            proved = step if whole else proved
         except KilledError:
             clear_leftovers(run)
-        found, notes = newest_whole(published(run))
+            killed = True
+        newest_of_all, notes = newest_whole(published(run))
         assert notes == []  # nothing with a checkpoint's name is half one
+        assert killed or newest_of_all == run.step(step)
+        found, _ = newest_whole(published(run), TO_GO_ON)
         newest = 0 if found is None else read_state(found).step
         assert newest >= proved
         proved = newest
         if newest:
             assert run.step(newest).joinpath("__0_0.distcp").read_text() == f"weights of step {newest}"
-        step = newest  # the next start goes on from here
+        step = newest if killed else step  # the next start goes on from here
     hidden = [path.name for path in run.checkpoints.iterdir() if path.name.startswith((".saving", ".pruned", ".repl"))]
     assert hidden == []
 
@@ -185,6 +196,25 @@ def test_what_the_disk_gives_back_is_compared(run) -> None:
     assert changed_on_disk(run.step(1), known, files) is None
     (run.step(1) / "shard").write_bytes(b"found")
     assert "shard" in (changed_on_disk(run.step(1), known, files) or "")
+
+
+@pytest.mark.parametrize("harm", ["missing", "short"])
+def test_a_known_file_that_is_not_there_is_not_published(run, harm) -> None:
+    files = Files()
+    save(run, 1, True, None, files)
+    begin(run, 2, 0, files)
+    path = temporary_folder(run, 2) / "__1_0.distcp"
+    with files.writing(path) as file:
+        file.write(b"weights")
+    known = {path.name: file.content}
+    if harm == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(b"half")
+    with pytest.raises(OSError, match=r"__1_0\.distcp: not there with its 7 bytes"):
+        publish(run, 2, known)
+    assert published(run) == [run.step(1)]
+    assert run.latest.read_text() == "global_step_1"
 
 
 def test_too_little_space_is_said_before_anything_is_written(run) -> None:

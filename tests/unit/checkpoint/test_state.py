@@ -5,7 +5,15 @@ import json
 
 import pytest
 
-from sft_job.checkpoint.state import LENGTH_KEYS, SAFE_KEYS, RunState, compare_config, flat_config, read_state
+from sft_job.checkpoint.state import (
+    LENGTH_KEYS,
+    SAFE_KEYS,
+    RunState,
+    SourceState,
+    compare_config,
+    flat_config,
+    read_state,
+)
 from sft_job.config.fields import leaf_fields
 from sft_job.config.schema import JobConfig
 
@@ -74,6 +82,23 @@ def test_round_trip(tmp_path) -> None:
     (tmp_path / "state.json").write_text('{"step": 1}')
     with pytest.raises(ValueError, match=r"state\.json"):
         read_state(tmp_path)
+
+
+def test_states_of_other_versions(tmp_path) -> None:
+    """What is not known is left out; what has a default may be missing; what is not a state is said to be none."""
+    source = SourceState(1, 2, 3, 4, "f")
+    state = dataclasses.replace(state_of(JobConfig()), sources={"a": source})
+    fields = json.loads(state.to_json())
+    fields["sources"]["a"]["mood"] = "new"
+    del fields["contents"], fields["rng"]
+    (tmp_path / "state.json").write_text(json.dumps(fields | {"of a later version": [1]}))
+    found = read_state(tmp_path)
+    assert found.contents == ("model", "optimizer")
+    assert found.sources == {"a": source}
+    for other in ([], None, 3, {**fields, "sources": []}, {**fields, "contents": 3}, {**fields, "step": "x"}):
+        (tmp_path / "state.json").write_text(json.dumps(other))
+        with pytest.raises(ValueError, match=r"state\.json"):
+            read_state(tmp_path)
 
 
 def test_secrets_of_the_environment_are_in_no_state(monkeypatch) -> None:

@@ -88,14 +88,49 @@ class TestJsonl:
             JsonlLogger(tmp_path / "logs" / "metrics.jsonl")
         assert caught.value.code == ExitCode.CANNOT_CREATE
 
-    def test_full_disk_is_an_error_with_its_code(self, tmp_path: Path) -> None:
+    def test_a_disk_that_is_full_for_a_while_costs_no_line(self, tmp_path: Path) -> None:
+        path, warnings = tmp_path / "m.jsonl", []
+        logger = JsonlLogger(path)
+        logger.warn = warnings.append
+        disk = logger._file = Full(logger._file)
+        for step in range(1, 8):
+            disk.room = {3: 0, 4: 0, 5: 17}.get(step, 10_000)
+            logger.log({"step": step, "train/loss": float(step)})
+        assert steps_of(path) == [1, 2, 3, 4, 5, 6, 7]
+        logger.close()
+        assert steps_of(path) == [1, 2, 3, 4, 5, 6, 7]
+        assert len(warnings) == 1
+        assert "m.jsonl: cannot be written: No space left on device" in warnings[0]
+
+    def test_full_at_the_end_is_an_error_with_its_code(self, tmp_path: Path) -> None:
         logger = JsonlLogger(tmp_path / "m.jsonl")
         logger._file.close()
-        logger._file = Path("/dev/full").open("w")  # noqa: SIM115
-        for act in (lambda: logger.log({"step": 1}), logger.close):
-            with pytest.raises(JobError, match="No space left") as caught:
-                act()
-            assert caught.value.code == ExitCode.CANNOT_CREATE
+        logger._file = Path("/dev/full").open("wb", buffering=0)  # noqa: SIM115
+        logger.log({"step": 1})
+        with pytest.raises(JobError, match="No space left") as caught:
+            logger.close()
+        assert caught.value.code == ExitCode.CANNOT_CREATE
+        assert logger._file.closed
+
+
+class Full:
+    """A file on a disk that has so much room."""
+
+    def __init__(self, file) -> None:
+        self.file, self.room = file, 0
+
+    def write(self, data) -> int:
+        if self.room == 0:
+            raise OSError(28, "No space left on device")
+        taken = self.file.write(bytes(data)[: self.room])
+        self.room -= taken
+        return taken
+
+    def __enter__(self) -> None:
+        self.file.__enter__()
+
+    def __exit__(self, *error) -> None:
+        self.file.__exit__(*error)
 
 
 class Fake:
