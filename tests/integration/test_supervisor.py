@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import time
@@ -98,6 +99,20 @@ def test_every_process_signalled_twice_saves_once_and_leaves_nothing(job, tmp_pa
     assert not any(Path(f"/proc/{child}").exists() for child in children)
     assert set(os.listdir("/dev/shm")) <= memory  # noqa: PTH208
     assert not (job.run / "logs" / ".lock").exists()
+
+
+def test_a_finished_run_and_faults_of_settings_need_no_writable_folder(job) -> None:
+    """Here the folder for logs is a file, as nothing is read-only for root."""
+    short = "trainer.total_training_steps=1"
+    assert job(short).returncode == 0
+    shutil.rmtree(job.run / "logs")
+    (job.run / "logs").write_text("")
+    again = job(short)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert "already done" in again.stdout
+    changed = job(short, "optim.lr=0.5")
+    assert changed.returncode == 2, changed.stderr
+    assert "optim.lr" in changed.stderr
 
 
 def test_every_process_signalled_while_tokenising(job) -> None:
