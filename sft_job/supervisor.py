@@ -10,10 +10,12 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -308,8 +310,10 @@ def make_logs(run: RunFolder) -> None:
     """
     try:
         run.logs.mkdir(parents=True, exist_ok=True)
-        write_durably(run.logs / ".probe", "")
-        (run.logs / ".probe").unlink()
+        # A name of its own: other nodes, and other starts, try the same folder at the same moment.
+        probe = run.logs / f".probe.{socket.gethostname()[:64]}.{os.getpid()}.{uuid.uuid4().hex}"
+        write_durably(probe, "")
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise JobError(
             ExitCode.CANNOT_CREATE,

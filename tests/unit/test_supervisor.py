@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from sft_job.config.schema import JobConfig
 from sft_job.config.topology import Topology
 from sft_job.contract import ExitCode, RunFolder
 from sft_job.errors import JobError
-from sft_job.supervisor import Supervisor, deadline_of
+from sft_job.supervisor import Supervisor, deadline_of, make_logs
 
 
 def config(max_wall_seconds: int | None) -> JobConfig:
@@ -71,4 +72,12 @@ def test_where_a_run_begins_is_decided_under_the_lock(tmp_path, monkeypatch, sta
     monkeypatch.setattr(room, "find_start", look)
     assert start_once() == ExitCode.DONE
     assert held == [True, True]
+    assert list(run.logs.iterdir()) == []
+
+
+def test_nodes_that_start_together_try_the_folder_without_harm(tmp_path) -> None:
+    run = RunFolder(tmp_path / "run")
+    with ThreadPoolExecutor(8) as nodes:
+        for _ in nodes.map(lambda _: make_logs(run), range(200)):
+            pass
     assert list(run.logs.iterdir()) == []
