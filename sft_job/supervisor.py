@@ -41,6 +41,7 @@ from sft_job.oversight import Listener, oversee
 from sft_job.processes import adopt_orphans, children, end_orphans, reap
 from sft_job.ranks import POLL_SECONDS, RankEnd, RankGroup, rank_command, signals_blocked
 from sft_job.starts import begin_start
+from sft_job.streams import say
 from sft_job.watchdog import Watchdog
 
 _NOTHING_TO_SAVE = "stopped before a new step: nothing to save"
@@ -92,7 +93,7 @@ class Supervisor:
                 finally:
                     end_orphans(before, _ORPHAN_SECONDS)
         except JobError as error:
-            sys.stderr.write(f"{error}\n")
+            say(f"{error}\n")
             return error.code
 
     def _already_done(self, config: JobConfig, run: RunFolder) -> bool:
@@ -162,7 +163,7 @@ class Supervisor:
             try:
                 write_outcome(run, end, restarts, omitted, self._environ)
             except OSError as error:
-                sys.stderr.write(f"{run.outcome} cannot be written: {error}\n")
+                say(f"{run.outcome} cannot be written: {error}\n")
         self._tell_end(end, run)
         return end.code
 
@@ -196,7 +197,7 @@ class Supervisor:
             return RankEnd(0, ExitCode(report["code"]), report["message"], {})
         except (OSError, ValueError):
             message = f"tokenising ended with code {process.returncode} and without a word"
-            return RankEnd(0, ExitCode.LOST if process.returncode < 0 else ExitCode.BUG, message, {})
+            return RankEnd(0, _code_of(process.returncode), message, {})
 
     def _run_ranks(
         self,
@@ -251,7 +252,15 @@ class Supervisor:
         if end.last_lines:
             lines = "".join(f"\n      {line}" for line in end.last_lines)
             message += f"\n    last lines of {run.rank_log(end.rank).name}:{lines}"
-        sys.stderr.write(f"{message}\n    exit code {int(end.code)} ({end.code.reason}); logs: {run.logs}\n")
+        say(f"{message}\n    exit code {int(end.code)} ({end.code.reason}); logs: {run.logs}\n")
+
+
+def _code_of(returned: int) -> ExitCode:
+    """What an exit status means; a signal ended the process where it is below 0."""
+    try:
+        return ExitCode.LOST if returned < 0 else ExitCode(returned)
+    except ValueError:
+        return ExitCode.BUG
 
 
 def _end_session(process: subprocess.Popen[bytes]) -> None:

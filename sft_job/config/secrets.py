@@ -8,9 +8,11 @@ as ``<secret NAME>``, so that two starts with different keys have equal settings
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 from collections.abc import Generator, Mapping
+from pathlib import Path
 from typing import Any, TextIO, cast
 
 _NAME = re.compile(
@@ -74,15 +76,27 @@ def _forms_of(value: str) -> set[str]:
 
 
 class _MaskedStream:
-    """A text stream that hides secrets in what is written; everything else is the stream's own."""
+    """A text stream that hides secrets in what is written; everything else is the stream's own.
 
-    def __init__(self, stream: TextIO, mask: SecretMask) -> None:
+    Args:
+        stream: where it is written.
+        mask: hides the secrets.
+        ignored: errors of writing that nobody is told of.
+    """
+
+    def __init__(self, stream: TextIO, mask: SecretMask, ignored: tuple[type[Exception], ...] = ()) -> None:
         self._stream = stream
         self._mask = mask
+        self._ignored = ignored
 
     def write(self, text: str) -> int:
-        self._stream.write(self._mask.text(text))
+        with contextlib.suppress(*self._ignored):
+            self._stream.write(self._mask.text(text))
         return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(*self._ignored):
+            self._stream.flush()
 
     def writelines(self, lines: Any) -> None:
         for line in lines:
@@ -99,6 +113,11 @@ def secrets_hidden(environ: Mapping[str, str]) -> Generator[SecretMask]:
     What is written piece by piece is looked at piece by piece: log records, tracebacks' lines and messages come whole.
     """
     mask = SecretMask(environ)
-    out, err = _MaskedStream(sys.stdout, mask), _MaskedStream(sys.stderr, mask)
-    with contextlib.redirect_stdout(cast("TextIO", out)), contextlib.redirect_stderr(cast("TextIO", err)):
+    with contextlib.ExitStack() as stack:
+        # A stream that was closed when the process began is None.
+        given = [stream or stack.enter_context(Path(os.devnull).open("w")) for stream in (sys.stdout, sys.stderr)]
+        # What standard error cannot take (its disk is full, its reader is gone) must not become another exit code.
+        out, err = _MaskedStream(given[0], mask), _MaskedStream(given[1], mask, (OSError, ValueError))
+        stack.enter_context(contextlib.redirect_stdout(cast("TextIO", out)))
+        stack.enter_context(contextlib.redirect_stderr(cast("TextIO", err)))
         yield mask

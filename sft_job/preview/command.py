@@ -32,6 +32,7 @@ from sft_job.preview.report import SetReport, set_report
 from sft_job.preview.rows import Pack, PreviewRow, TrainingStream
 from sft_job.preview.terminal import View, show_rejected, show_report, show_rows, show_step
 from sft_job.preview.text import TokenTexts
+from sft_job.streams import say
 from sft_job.supervisor import input_problems
 
 STDOUT = "-"
@@ -84,7 +85,7 @@ def preview_job(
     try:
         _preview(config_arg, overrides, environ, options)
     except JobError as error:
-        sys.stderr.write(f"{error}\n")
+        say(f"{error}\n")
         return error.code
     except KeyboardInterrupt:
         return ExitCode.STOPPED
