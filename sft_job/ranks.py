@@ -28,6 +28,8 @@ _LAST_LINES = 15
 _LAST_BYTES = 16384
 _LINE_LENGTH = 300
 _PENDING_CONNECTIONS = 4096
+_KILL_SECONDS = 10.0
+_UNKILLABLE = "does not end even by SIGKILL: it waits for a disk or a device that does not answer"
 
 
 @dataclass(frozen=True)
@@ -176,12 +178,14 @@ class RankGroup:
         }
 
     def kill(self) -> None:
-        """End what is still there, and what it shared in memory."""
+        """End what is still there, and what it shared in memory; what the kernel cannot end is left behind."""
         living = self._living()
         shared = [path for process in living.values() for path in processes.shared_memory(process.pid)]
         self._signal(signal.SIGKILL)
+        deadline = time.monotonic() + _KILL_SECONDS
         for process in self._processes.values():
-            process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
         for path in shared:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
@@ -234,13 +238,17 @@ class RankGroup:
         return any(code not in (None, ExitCode.DONE, ExitCode.STOPPED) for code in codes)
 
     def ends(self) -> list[RankEnd]:
-        """How each rank ended; all of them have."""
-        return [self._end(rank, process.wait()) for rank, process in sorted(self._processes.items())]
+        """How each rank ended; all of them have, or were to be killed and cannot be."""
+        return [self._end(rank, process.poll()) for rank, process in sorted(self._processes.items())]
 
-    def _end(self, rank: int, returned: int) -> RankEnd:
+    def _end(self, rank: int, returned: int | None) -> RankEnd:
         report: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError):
             report = json.loads((self._reports / f"rank_{rank}.json").read_text(encoding="utf-8"))
+        if returned is None:
+            stuck = self._stuck.get(rank)
+            message = f"{stuck}; it {_UNKILLABLE}" if stuck else f"rank {rank} {_UNKILLABLE}"
+            return RankEnd(rank, ExitCode.LOST, message, {}, stuck=bool(stuck))
         if returned < 0:
             return self._killed(rank, -returned, report)
         try:
