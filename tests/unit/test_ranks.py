@@ -10,6 +10,7 @@ import pytest
 
 from sft_job import ranks as ranks_room
 from sft_job import watchdog as watchdog_room
+from sft_job.config.secrets import SecretMask
 from sft_job.config.topology import Topology
 from sft_job.contract import Env, ExitCode, RunFolder
 from sft_job.errors import JobError
@@ -64,6 +65,18 @@ def test_last_lines_are_this_starts_and_plain(tmp_path) -> None:
     assert [len(line) for line in last_lines(log, 0)] == [300]
     assert last_lines(log, log.stat().st_size) == ()
     assert last_lines(tmp_path / "none", 0) == ()
+
+
+def test_no_part_of_a_secret_is_in_last_lines(tmp_path) -> None:
+    """Neither where a line is cut nor where the log is."""
+    log, value = tmp_path / "rank_0.log", "canary" + "0123456789" * 40
+    mask = SecretMask({"A_TOKEN": value})
+    log.write_text(f"{'x' * 200}{value}\n{'y' * 16000}")
+    shown = "".join(last_lines(log, 0, mask))
+    assert "canary" not in shown
+    assert "0123456789" not in shown
+    log.write_text(f"{value}{'y' * 16200}")
+    assert set("".join(last_lines(log, 0, mask))) <= set("<secret A_TOKEN>y")
 
 
 def test_the_meeting_place() -> None:
