@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import sys
@@ -80,8 +79,9 @@ def preview_job(
         options: what to show.
     """
     for stream in (sys.stdout, sys.stderr):  # a row may hold what the terminal's encoding cannot say
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+        reconfigure = getattr(stream, "reconfigure", None)  # also of a stream that hides secrets
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")
     try:
         _preview(config_arg, overrides, environ, options)
     except JobError as error:
