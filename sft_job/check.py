@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from sft_job.data.spec import CacheSpec, Split, cache_specs
 from sft_job.data.template_check import check_templates
 from sft_job.errors import JobError, Problem, ProblemsError, problems_text, worst_code
 from sft_job.model.supported import check_architecture
+from sft_job.streams import say
 from sft_job.supervisor import input_problems
 
 SAMPLE_ROWS = 1000
@@ -70,7 +70,7 @@ def check_job(
     # A template that cannot be used is met again in each split.
     problems = [problem for place, problem in enumerate(problems) if problem not in problems[:place]]
     if problems:
-        sys.stderr.write(problems_text(problems) + "\n")
+        say(problems_text(problems) + "\n")
         return worst_code(problems)
     console.print("ready to train", highlight=False)
     return ExitCode.DONE

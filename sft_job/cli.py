@@ -17,6 +17,7 @@ from sft_job.config.keys import keys_table
 from sft_job.config.secrets import secrets_hidden
 from sft_job.contract import ExitCode
 from sft_job.errors import JobError
+from sft_job.streams import settle_streams
 from sft_job.version import commit
 
 app = typer.Typer(
@@ -143,14 +144,19 @@ def demo(
 
 def main() -> None:
     """Entry point; whatever is not foreseen ends with 1, a line, and its traceback in a file."""
-    with secrets_hidden(os.environ) as mask:
-        try:
-            app(prog_name="sft-job")
-        except Exception as error:
-            with tempfile.NamedTemporaryFile("w", prefix="sft_job_bug_", suffix=".log", delete=False) as log:
-                log.write(mask.text(traceback.format_exc()))
-            typer.echo(f"a bug in sft_job: {type(error).__name__}: {error}\n    its traceback: {log.name}", err=True)
-            sys.exit(ExitCode.BUG)
+    try:
+        with secrets_hidden(os.environ) as mask:
+            try:
+                app(prog_name="sft-job")
+            except Exception as error:
+                with tempfile.NamedTemporaryFile("w", prefix="sft_job_bug_", suffix=".log", delete=False) as log:
+                    log.write(mask.text(traceback.format_exc()))
+                typer.echo(
+                    f"a bug in sft_job: {type(error).__name__}: {error}\n    its traceback: {log.name}", err=True
+                )
+                sys.exit(ExitCode.BUG)
+    finally:
+        settle_streams()
 
 
 if __name__ == "__main__":

@@ -49,12 +49,16 @@ class Problem:
         lines = [head, f"    {self.rule}"]
         if self.fix:
             lines.append(f"    fix: {self.fix}")
-        return "\n".join(line if len(line) <= _LONGEST_LINE else f"{line[: _LONGEST_LINE - 1]}…" for line in lines)
+        return "\n".join(shorten(line, _LONGEST_LINE) for line in lines)
 
 
-def _shown(value: Any, limit: int = 200) -> str:
-    text = repr(value)
+def shorten(text: str, limit: int) -> str:
+    """The text, cut to so many characters; the mark at the cut is how the mask knows a secret that is not whole."""
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def _shown(value: Any) -> str:
+    return shorten(repr(value), 200)
 
 
 class JobError(Exception):

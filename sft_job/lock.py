@@ -105,8 +105,6 @@ class RunLock:
         self._file = -1
         self._released = threading.Event()
         self._beating: threading.Thread | None = None
-        self.waited = False
-        """There was another holder: what was read of the run folder before may be out of date."""
         self.lost_to: str = ""
         """Who took the lock away from this process; '' while it is held."""
 
@@ -157,7 +155,6 @@ class RunLock:
             if stopped():
                 raise JobError(ExitCode.STOPPED, "stopped while another run held the run folder: nothing to save")
             holder = _holder(record)
-            self.waited = True
             if record != seen:
                 if seen is not None and holder is not None and holder.job != self._me.job:
                     raise self._refused(holder)

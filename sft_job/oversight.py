@@ -87,4 +87,5 @@ def oversee(
         late = failed_at is not None and now - failed_at > LOST_GRACE_SECONDS
         if late or action is Action.KILL:
             ranks.kill_stuck(watchdog.still_for(now))
+            break  # nobody waits for one that even a kill does not end
     return verdict(ranks.ends())

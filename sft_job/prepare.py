@@ -5,6 +5,7 @@ A process of its own, so that the supervisor stays small: ``python -m sft_job.pr
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ from sft_job.data.places import write_places
 from sft_job.data.prepare import prepare
 from sft_job.errors import JobError
 from sft_job.model.supported import check_architecture
+from sft_job.streams import say, settle_streams
 
 REPORT = "prepare.json"
 _SECONDS_BETWEEN_LINES = 5.0
@@ -76,14 +78,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         refuse_unknown_ids(hf_config, train, val)
         write_places(reports, train, val)
     except JobError as error:
-        (reports / REPORT).write_text(json.dumps({"code": int(error.code), "message": str(error)}), encoding="utf-8")
+        _leave_word(reports, error.code, str(error))
         return error.code
     except Exception as error:
-        traceback.print_exc()
-        message = f"preparing the data failed: {type(error).__name__}: {error}"
-        (reports / REPORT).write_text(json.dumps({"code": int(ExitCode.BUG), "message": message}), encoding="utf-8")
+        _leave_word(reports, ExitCode.BUG, f"preparing the data failed: {type(error).__name__}: {error}")
+        say(traceback.format_exc())
         return ExitCode.BUG
     return ExitCode.DONE
+
+
+def _leave_word(reports: Path, code: ExitCode, message: str) -> None:
+    """Tell the supervisor how it ended; it knows the exit code in any case."""
+    with contextlib.suppress(OSError):
+        (reports / REPORT).write_text(json.dumps({"code": int(code), "message": message}), encoding="utf-8")
 
 
 def refuse_unknown_ids(hf_config: Any, *rows: Rows | None) -> None:
@@ -105,4 +112,5 @@ def refuse_unknown_ids(hf_config: Any, *rows: Rows | None) -> None:
 if __name__ == "__main__":
     with secrets_hidden(os.environ):
         code = main()
+    settle_streams()
     sys.exit(code)

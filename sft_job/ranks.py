@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_job import processes
+from sft_job.config.secrets import SecretMask
 from sft_job.config.topology import Topology
 from sft_job.contract import STACK_SIGNAL, STOP_SIGNALS, Env, ExitCode, RunFolder
 from sft_job.errors import JobError
@@ -26,8 +27,11 @@ from sft_job.watchdog import Seen
 POLL_SECONDS = 0.1
 _LAST_LINES = 15
 _LAST_BYTES = 16384
+_MARGIN_BYTES = 16384
 _LINE_LENGTH = 300
 _PENDING_CONNECTIONS = 4096
+_KILL_SECONDS = 10.0
+_UNKILLABLE = "does not end even by SIGKILL: it waits for a disk or a device that does not answer"
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,7 @@ class RankGroup:
         self, command: Sequence[str], topology: Topology, run: RunFolder, reports: Path, environ: Mapping[str, str]
     ) -> None:
         self._reports = reports
+        self._mask = SecretMask(environ)
         self._run = run
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._asked_to_stop = False
@@ -176,12 +181,14 @@ class RankGroup:
         }
 
     def kill(self) -> None:
-        """End what is still there, and what it shared in memory."""
+        """End what is still there, and what it shared in memory; what the kernel cannot end is left behind."""
         living = self._living()
         shared = [path for process in living.values() for path in processes.shared_memory(process.pid)]
         self._signal(signal.SIGKILL)
+        deadline = time.monotonic() + _KILL_SECONDS
         for process in self._processes.values():
-            process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
         for path in shared:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
@@ -234,13 +241,17 @@ class RankGroup:
         return any(code not in (None, ExitCode.DONE, ExitCode.STOPPED) for code in codes)
 
     def ends(self) -> list[RankEnd]:
-        """How each rank ended; all of them have."""
-        return [self._end(rank, process.wait()) for rank, process in sorted(self._processes.items())]
+        """How each rank ended; all of them have, or were to be killed and cannot be."""
+        return [self._end(rank, process.poll()) for rank, process in sorted(self._processes.items())]
 
-    def _end(self, rank: int, returned: int) -> RankEnd:
+    def _end(self, rank: int, returned: int | None) -> RankEnd:
         report: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError):
             report = json.loads((self._reports / f"rank_{rank}.json").read_text(encoding="utf-8"))
+        if returned is None:
+            stuck = self._stuck.get(rank)
+            message = f"{stuck}; it {_UNKILLABLE}" if stuck else f"rank {rank} {_UNKILLABLE}"
+            return RankEnd(rank, ExitCode.LOST, message, {}, stuck=bool(stuck))
         if returned < 0:
             return self._killed(rank, -returned, report)
         try:
@@ -274,18 +285,23 @@ class RankGroup:
             return 0
 
     def _last_lines(self, rank: int) -> tuple[str, ...]:
-        return last_lines(self._run.rank_log(rank), self._log_starts[rank])
+        return last_lines(self._run.rank_log(rank), self._log_starts[rank], self._mask)
 
 
-def last_lines(log: Path, start: int) -> tuple[str, ...]:
-    """The last lines of a log from byte ``start`` on, without control characters; none where it cannot be read."""
+def last_lines(log: Path, start: int, mask: SecretMask | None = None) -> tuple[str, ...]:
+    """The last lines of a log from byte ``start`` on, without control characters; none where it cannot be read.
+
+    Secrets, which only Python's own output is free of, are hidden before anything is cut.
+    """
     try:
         with log.open("rb") as file:
             end = file.seek(0, os.SEEK_END)
-            file.seek(max(start, end - _LAST_BYTES))
-            text = file.read(_LAST_BYTES).decode("utf-8", errors="replace")
+            # The margin holds the beginning of a secret that is cut in two by the limit.
+            file.seek(max(start, end - _LAST_BYTES - _MARGIN_BYTES))
+            text = file.read(_LAST_BYTES + _MARGIN_BYTES).decode("utf-8", errors="replace")
     except OSError:
         return ()
+    text = (mask.text(text) if mask is not None else text)[-_LAST_BYTES:]
     plain = (re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line).replace("\t", "  ") for line in re.split(r"[\r\n]+", text))
     printable = ("".join(each for each in line if each.isprintable())[:_LINE_LENGTH] for line in plain)
     return tuple(line for line in printable if line.strip())[-_LAST_LINES:]

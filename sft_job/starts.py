@@ -14,7 +14,7 @@ from typing import Any
 
 from sft_job.contract import ExitCode, RunFolder
 from sft_job.deadline import REASON as DEADLINE
-from sft_job.errors import JobError
+from sft_job.errors import JobError, shorten
 
 _REMEMBERED = 100
 _MESSAGE = 200
@@ -62,7 +62,7 @@ class Starts:
         stopped = cause == ExitCode.STOPPED.reason and not message.startswith(DEADLINE)
         if stopped or cause in _NOT_COUNTED:
             return Starts(step, self.failed)
-        line = message.partition("\n")[0][:_MESSAGE]
+        line = shorten(message.partition("\n")[0], _MESSAGE)
         return Starts(step, (*self.failed, FailedStart(cause, line))[-_REMEMBERED:])
 
     def refuse(self, limit: int, run: RunFolder) -> None:

@@ -10,10 +10,12 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +25,7 @@ from rich.console import Console
 from sft_job import __version__
 from sft_job.checkpoint.folder import write_durably
 from sft_job.checkpoint.remote_folder import url_problem
-from sft_job.checkpoint.start import START_FILE, Start, fetch_remote, find_start
+from sft_job.checkpoint.start import START_FILE, Start, fetch_remote, find_start, looks_finished
 from sft_job.config.load import Loaded, dump_config, origins_text, run_folder
 from sft_job.config.resolve import Resolution, resolve
 from sft_job.config.schema import JobConfig
@@ -39,6 +41,7 @@ from sft_job.oversight import Listener, oversee
 from sft_job.processes import adopt_orphans, children, end_orphans, reap
 from sft_job.ranks import POLL_SECONDS, RankEnd, RankGroup, rank_command, signals_blocked
 from sft_job.starts import begin_start
+from sft_job.streams import say
 from sft_job.watchdog import Watchdog
 
 _NOTHING_TO_SAVE = "stopped before a new step: nothing to save"
@@ -74,26 +77,45 @@ class Supervisor:
             resolution = checked(config_arg, overrides, self._environ)
             deadline = deadline_of(resolution.loaded.config, self._environ, self._began)
             run = run_folder(resolution.loaded.config)
-            if resolution.topology.node_rank == 0:
-                fetch_remote(resolution.loaded.config, run, self._show)
-            start = find_start(resolution.loaded.config, run)
-            self._tell(resolution, start, run)
-            if start.finished:
+            self._tell(resolution, run)
+            if self._already_done(resolution.loaded.config, run):
                 return ExitCode.DONE
-            _make_logs(run)
             with self._held(run, resolution.topology) as lock:
-                if lock is not None and lock.waited:
-                    start = find_start(resolution.loaded.config, run)  # the other holder may have saved since
-                    if start.finished:
-                        self._show(f"already done: {run.final.resolve()}")
-                        return ExitCode.DONE
+                # Where the run begins is decided under the lock: nobody changes the folder between this and the start.
+                if lock is not None:
+                    fetch_remote(resolution.loaded.config, run, self._show)
+                start = find_start(resolution.loaded.config, run)
+                self._tell_start(start, run)
+                if start.finished:
+                    return ExitCode.DONE
                 try:
                     return self._run(resolution, run, start, deadline, lock)
                 finally:
                     end_orphans(before, _ORPHAN_SECONDS)
         except JobError as error:
-            sys.stderr.write(f"{error}\n")
+            say(f"{error}\n")
             return error.code
+
+    def _already_done(self, config: JobConfig, run: RunFolder) -> bool:
+        """Whether the run in this folder is done; if not, its folder for logs is made, which the lock lies in.
+
+        A finished run is not written to, and its folder need not be writable.
+
+        Raises:
+            JobError: the run folder cannot be written (73), or cannot be gone on from, which is said first.
+        """
+        if looks_finished(run):
+            with contextlib.suppress(JobError):  # judged under the lock
+                start = find_start(config, run)
+                if start.finished:
+                    self._tell_start(start, run)
+                    return True
+        try:
+            make_logs(run)
+        except JobError:
+            find_start(config, run)
+            raise
+        return False
 
     @contextlib.contextmanager
     def _held(self, run: RunFolder, topology: Topology) -> Iterator[RunLock | None]:
@@ -141,7 +163,7 @@ class Supervisor:
             try:
                 write_outcome(run, end, restarts, omitted, self._environ)
             except OSError as error:
-                sys.stderr.write(f"{run.outcome} cannot be written: {error}\n")
+                say(f"{run.outcome} cannot be written: {error}\n")
         self._tell_end(end, run)
         return end.code
 
@@ -175,7 +197,7 @@ class Supervisor:
             return RankEnd(0, ExitCode(report["code"]), report["message"], {})
         except (OSError, ValueError):
             message = f"tokenising ended with code {process.returncode} and without a word"
-            return RankEnd(0, ExitCode.LOST if process.returncode < 0 else ExitCode.BUG, message, {})
+            return RankEnd(0, _code_of(process.returncode), message, {})
 
     def _run_ranks(
         self,
@@ -203,13 +225,17 @@ class Supervisor:
         except (OSError, SystemExit):  # rich's answer to a closed pipe: nobody reads, and the run goes on
             self._console.quiet = True
 
-    def _tell(self, resolution: Resolution, start: Start, run: RunFolder) -> None:
+    def _tell(self, resolution: Resolution, run: RunFolder) -> None:
         loaded, topology = resolution.loaded, resolution.topology
         self._show(f"sft_job {__version__}: {topology.world} ranks on {topology.nnodes} node(s), run folder {run.root}")
         self._show(origins_text(loaded))
         for line in (*loaded.mappings, *loaded.ignored):
             self._show(f"note: {line}")
-        for line in (*resolution.warnings, *start.notes):
+        for line in resolution.warnings:
+            self._show(f"warning: {line}")
+
+    def _tell_start(self, start: Start, run: RunFolder) -> None:
+        for line in start.notes:
             self._show(f"warning: {line}")
         if start.finished:
             self._show(f"already done: {run.final.resolve()}")
@@ -226,7 +252,15 @@ class Supervisor:
         if end.last_lines:
             lines = "".join(f"\n      {line}" for line in end.last_lines)
             message += f"\n    last lines of {run.rank_log(end.rank).name}:{lines}"
-        sys.stderr.write(f"{message}\n    exit code {int(end.code)} ({end.code.reason}); logs: {run.logs}\n")
+        say(f"{message}\n    exit code {int(end.code)} ({end.code.reason}); logs: {run.logs}\n")
+
+
+def _code_of(returned: int) -> ExitCode:
+    """What an exit status means; a signal ended the process where it is below 0."""
+    try:
+        return ExitCode.LOST if returned < 0 else ExitCode(returned)
+    except ValueError:
+        return ExitCode.BUG
 
 
 def _end_session(process: subprocess.Popen[bytes]) -> None:
@@ -277,11 +311,18 @@ def checked(config_arg: str | None, overrides: Sequence[str], environ: Mapping[s
     return resolution
 
 
-def _make_logs(run: RunFolder) -> None:
+def make_logs(run: RunFolder) -> None:
+    """Make the run folder's ``logs``, and prove that it can be written.
+
+    Raises:
+        JobError: it cannot (73).
+    """
     try:
         run.logs.mkdir(parents=True, exist_ok=True)
-        write_durably(run.logs / ".probe", "")
-        (run.logs / ".probe").unlink()
+        # A name of its own: other nodes, and other starts, try the same folder at the same moment.
+        probe = run.logs / f".probe.{socket.gethostname()[:64]}.{os.getpid()}.{uuid.uuid4().hex}"
+        write_durably(probe, "")
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise JobError(
             ExitCode.CANNOT_CREATE,

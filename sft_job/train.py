@@ -5,6 +5,7 @@ The supervisor starts it with ``--resolved FILE``; torchrun with a config file a
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import logging
@@ -33,6 +34,7 @@ from sft_job.job import train
 from sft_job.memory import out_of_memory_text
 from sft_job.pulse import Pulse, pulse_file
 from sft_job.runtime import StopWish, die_with_parent, start_runtime
+from sft_job.streams import say, settle_streams
 from sft_job.trainer import Ending
 
 RESOLVED = "--resolved"
@@ -46,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     faulthandler.enable()
     pulse = _under_supervisor(stop)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
-    code, message, ending = ExitCode.BUG, "", None
+    code, message, ending, details = ExitCode.BUG, "", None, ""
     try:
         config = _config(list(sys.argv[1:] if arguments is None else arguments))
         runtime = start_runtime(config.trainer.timeout_seconds, config.trainer.deterministic, pulse)
@@ -58,15 +60,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         dist.destroy_process_group()
     except JobError as error:
         code, message = error.code, str(error)
-        traceback.print_exc()
+        details = traceback.format_exc()
     except torch.OutOfMemoryError as error:
         advice = ["more GPUs", "model.fsdp_config.cpu_offload=true", "a smaller model"]
         code, message = ExitCode.OUT_OF_MEMORY, out_of_memory_text(error, "while the model was built", advice=advice)
-        traceback.print_exc()
+        details = traceback.format_exc()
     except BaseException as error:  # whatever it is, the supervisor must hear of it
         code, message = _unexpected(error)
-        traceback.print_exc()
-    _report(code, message, ending)
+        details = traceback.format_exc()
+    _report(code, message, ending)  # first: what follows may meet a full disk
+    say(details)
+    if message and Env.REPORT_DIR not in os.environ:
+        say(f"rank {os.environ.get('RANK', '0')}: {message}\n")
     return code
 
 
@@ -119,12 +124,9 @@ def _unexpected(error: BaseException) -> tuple[ExitCode, str]:
 
 
 def _report(code: ExitCode, message: str, ending: Ending | None) -> None:
-    """Tell the supervisor, or the user where there is none, how this rank ended."""
-    rank = os.environ.get("RANK", "0")
-    folder = os.environ.get(Env.REPORT_DIR)
+    """Tell the supervisor, where there is one, how this rank ended; it knows the exit code in any case."""
+    rank, folder = os.environ.get("RANK", "0"), os.environ.get(Env.REPORT_DIR)
     if folder is None:
-        if message:
-            sys.stderr.write(f"rank {rank}: {message}\n")
         return
     record: dict[str, Any] = {"rank": int(rank), "code": int(code), "message": message}
     if ending is not None:
@@ -134,14 +136,14 @@ def _report(code: ExitCode, message: str, ending: Ending | None) -> None:
             "weights_sha256": ending.state.weights_sha256,
         }
     temporary = Path(folder) / f".rank_{rank}.tmp"
-    temporary.write_text(json.dumps(record), encoding="utf-8")
-    temporary.replace(Path(folder) / f"rank_{rank}.json")
+    with contextlib.suppress(OSError):
+        temporary.write_text(json.dumps(record), encoding="utf-8")
+        temporary.replace(Path(folder) / f"rank_{rank}.json")
 
 
 if __name__ == "__main__":
     with secrets_hidden(os.environ):
         exit_code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    settle_streams()
     # A rank whose peers are gone may hang in the teardown of its process group.
     os._exit(exit_code)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from sft_job.checkpoint.folder import TO_GO_ON, linked, newest_whole, published
+from sft_job.checkpoint.folder import TO_GO_ON, linked, newest_whole, published, state_or_none
 from sft_job.checkpoint.remote import download_newest
 from sft_job.checkpoint.state import Changes, RunState, compare_config, read_state
 from sft_job.config.schema import JobConfig
@@ -90,6 +90,13 @@ def find_start(config: JobConfig, run: RunFolder) -> Start:
         if folder is None:
             raise JobError(ExitCode.NO_CHECKPOINT, f"trainer.resume_path is not usable: {damaged[0]}")
     return start_at(folder, config, run, notes) if folder is not None else Start()
+
+
+def looks_finished(run: RunFolder) -> bool:
+    """Whether the run's newest state says that it is done: a glance, which ``find_start`` has to confirm."""
+    states = (state_or_none(folder) for folder in reversed(published(run)))
+    state = next((state for state in states if state is not None), None)
+    return run.final.exists() and state is not None and state.step >= state.total_steps
 
 
 def start_at(folder: Path, config: JobConfig, run: RunFolder, notes: Sequence[str] = ()) -> Start:

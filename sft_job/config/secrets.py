@@ -8,13 +8,19 @@ as ``<secret NAME>``, so that two starts with different keys have equal settings
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 from collections.abc import Generator, Mapping
+from pathlib import Path
 from typing import Any, TextIO, cast
 
 _NAME = re.compile(
-    r"(^|_)(API_?KEYS?|KEYS?|TOKENS?|SECRETS?|PASSWORDS?|PASSWD|PASS|PASSPHRASE|CREDENTIALS?|PAT|WEBHOOK)(_|\d|$)",
+    r"(^|_)(KEYS?|PASS|PASSPHRASE|CREDENTIALS?|PAT|WEBHOOK|CONN(ECTION)?_?STR(ING)?|DSN|AUTHORIZATION)(_|\d|$)"
+    # Words that say it wherever they end: PGPASSWORD, ACCESSTOKEN.
+    r"|(PASSWORDS?|PASSWD|TOKENS?|SECRETS?|(API|ACCESS|SECRET|PRIVATE)_?KEYS?|(SSH|SUDO|DB)PASS)(_|\d|$)"
+    # Words that mean other things elsewhere: the shell's own PWD, AUTH_TYPE.
+    r"|_PWD$|(^|_)(AUTH|SAS)$",
     re.IGNORECASE,
 )
 # These say where a secret lies, not what it is.
@@ -27,6 +33,13 @@ _FORMS = re.compile(
     r"|A(?:KIA|SIA)[A-Z0-9]{16}|glpat-[\w-]{20,}|AIza[\w-]{35})"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)"
     r"|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)"
+)
+CUT = "…"
+"""Stands where a long value was cut; what is left of a secret before it is hidden, too."""
+_SHORTEST_CUT = 4
+_CUT_FORMS = re.compile(
+    r"\b(?:hf_|sk-|gh[pousr]_|github_pat_|xox[abprs]-|A(?:KIA|SIA)|glpat-|AIza)[\w-]*(?=…)"
+    r"|(?<=://)[^/\s:@]*:[^/\s@]+(?=…)"
 )
 
 
@@ -48,7 +61,19 @@ class SecretMask:
         """The text with every secret in it replaced by ``<secret NAME>``, or ``<secret>`` where only its form tells."""
         if self._values is not None:
             text = self._values.sub(lambda match: f"<secret {self._names[match.group()]}>", text)
-        return _FORMS.sub("<secret>", text)
+        text = _FORMS.sub("<secret>", text)
+        return self._without_cut(text) if CUT in text else text
+
+    def _without_cut(self, text: str) -> str:
+        """The text without beginnings of secrets at places where it was cut."""
+        *parts, last = text.split(CUT)
+        for place, part in enumerate(parts):
+            for value, name in self._names.items():
+                begun = _begun(part, value)
+                if begun:
+                    part = f"{part[:-begun]}<secret {name}>"
+            parts[place] = part
+        return _CUT_FORMS.sub("<secret>", CUT.join([*parts, last]))
 
     def tree(self, value: Any) -> Any:
         """The same for every text in nested lists and dictionaries."""
@@ -59,6 +84,17 @@ class SecretMask:
         if isinstance(value, list | tuple):
             return [self.tree(each) for each in cast("list[Any]", value)]
         return value
+
+
+def _begun(part: str, value: str) -> int:
+    """How many characters of a secret stand at the end of a text that was cut there; 0 where it is none."""
+    tail = part[-len(value) :]
+    start = tail.find(value[:_SHORTEST_CUT])
+    while start >= 0:
+        if value.startswith(tail[start:]):
+            return len(tail) - start
+        start = tail.find(value[:_SHORTEST_CUT], start + 1)
+    return 0
 
 
 def _is_secret(name: str, value: str) -> bool:
@@ -74,15 +110,27 @@ def _forms_of(value: str) -> set[str]:
 
 
 class _MaskedStream:
-    """A text stream that hides secrets in what is written; everything else is the stream's own."""
+    """A text stream that hides secrets in what is written; everything else is the stream's own.
 
-    def __init__(self, stream: TextIO, mask: SecretMask) -> None:
+    Args:
+        stream: where it is written.
+        mask: hides the secrets.
+        ignored: errors of writing that nobody is told of.
+    """
+
+    def __init__(self, stream: TextIO, mask: SecretMask, ignored: tuple[type[Exception], ...] = ()) -> None:
         self._stream = stream
         self._mask = mask
+        self._ignored = ignored
 
     def write(self, text: str) -> int:
-        self._stream.write(self._mask.text(text))
+        with contextlib.suppress(*self._ignored):
+            self._stream.write(self._mask.text(text))
         return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(*self._ignored):
+            self._stream.flush()
 
     def writelines(self, lines: Any) -> None:
         for line in lines:
@@ -99,6 +147,11 @@ def secrets_hidden(environ: Mapping[str, str]) -> Generator[SecretMask]:
     What is written piece by piece is looked at piece by piece: log records, tracebacks' lines and messages come whole.
     """
     mask = SecretMask(environ)
-    out, err = _MaskedStream(sys.stdout, mask), _MaskedStream(sys.stderr, mask)
-    with contextlib.redirect_stdout(cast("TextIO", out)), contextlib.redirect_stderr(cast("TextIO", err)):
+    with contextlib.ExitStack() as stack:
+        # A stream that was closed when the process began is None.
+        given = [stream or stack.enter_context(Path(os.devnull).open("w")) for stream in (sys.stdout, sys.stderr)]
+        # What standard error cannot take (its disk is full, its reader is gone) must not become another exit code.
+        out, err = _MaskedStream(given[0], mask), _MaskedStream(given[1], mask, (OSError, ValueError))
+        stack.enter_context(contextlib.redirect_stdout(cast("TextIO", out)))
+        stack.enter_context(contextlib.redirect_stderr(cast("TextIO", err)))
         yield mask

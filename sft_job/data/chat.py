@@ -13,6 +13,7 @@ from sft_job.errors import Problem, ProblemsError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+from sft_job.errors import shorten
 
 __all__ = ["ChatTemplate", "TemplateFailure"]
 
@@ -177,5 +178,5 @@ def _by_tools(
         try:
             yield from run([conversation for conversation, _ in batch], of_batch)
         except Exception as error:  # a template is a program of its own: it may fail with anything
-            text = " ".join(str(error).split())[:300]
+            text = shorten(" ".join(str(error).split()), 300)
             raise TemplateFailure(f"{type(error).__name__}: {text}") from error

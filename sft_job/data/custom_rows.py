@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 
 from sft_job.data.custom import CustomClass, class_problem, no_such_class
 from sft_job.data.render import Rendered
-from sft_job.errors import ProblemsError
+from sft_job.errors import ProblemsError, shorten
 
 IGNORED_LABEL = -100
 
@@ -83,7 +83,7 @@ class CustomRows:
 
 def _shown(error: Exception, path: Path) -> str:
     """The error, and the line of the user's file that it came through last."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    text = shorten(" ".join(f"{type(error).__name__}: {error}".split()), 300)
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     return f"{text} (line {lines[-1]})" if lines else text
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft_job.contract import ExitCode
-from sft_job.errors import Problem, ProblemsError
+from sft_job.errors import Problem, ProblemsError, shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -101,7 +101,7 @@ def load_tokenizer(path: str | Path | None, trust_remote_code: bool = False) -> 
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # a damaged folder fails in any part of transformers, tokenizers or its own code
-        text = " ".join(str(error).split())[:300] or type(error).__name__
+        text = shorten(" ".join(str(error).split()), 300) or type(error).__name__
         fix = ""
         if not trust_remote_code and "trust_remote_code" in text:
             fix = "model.trust_remote_code=true, if you trust the Python code in this folder"

@@ -22,6 +22,7 @@ from sft_job.demo.graphs import KINDS, GraphProblem, draw_problems, write_parque
 from sft_job.demo.model import write_base_model
 from sft_job.demo.score import Score, score
 from sft_job.demo.tokenizer import train_tokenizer
+from sft_job.streams import say
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"
 TRAIN_ROWS = 14_400
@@ -89,7 +90,7 @@ def run_demo(
     transformers_logging.disable_progress_bar()
     paths = DemoFolder(folder)
     if not _replace(folder):
-        sys.stderr.write(f"{folder}: not empty, and not made by the demo\n    fix: name another folder\n")
+        say(f"{folder}: not empty, and not made by the demo\n    fix: name another folder\n")
         return ExitCode.CANNOT_CREATE
 
     _heading(console, f"1. Input: {train_rows:,} graph problems, a tokenizer, a small model of random weights")

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from sft_job.errors import shorten
+
 DEFAULT_SERVER = "https://api.wandb.ai"
 
 
@@ -168,4 +170,4 @@ def _answers(server: str, seconds: float) -> bool:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return shorten(" ".join(f"{type(error).__name__}: {error}".split()), 300)

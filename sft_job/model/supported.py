@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from sft_job.config.schema import ModelConfig
 from sft_job.contract import ExitCode
-from sft_job.errors import JobError
+from sft_job.errors import JobError, shorten
 from sft_job.model.attention import PACKED, AttentionCall, Backend, Documents, Packed, register_packed_attention
 
 _TOKENS = 8
@@ -43,7 +43,7 @@ def read_config(config: ModelConfig) -> PretrainedConfig:
             Path(config.partial_pretrain or ""), trust_remote_code=config.trust_remote_code, local_files_only=True
         )
     except Exception as error:  # a config is checked by each model's own code
-        text = " ".join(str(error).split())[:300]
+        text = shorten(" ".join(str(error).split()), 300)
         raise JobError(
             ExitCode.MODEL, f"model.partial_pretrain = {config.partial_pretrain!r}: config.json: {text}"
         ) from error
@@ -92,7 +92,7 @@ def check_architecture(config: ModelConfig) -> PretrainedConfig:
     except JobError:
         raise
     except Exception as error:  # whatever a model does with what it does not expect
-        text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        text = f"{type(error).__name__}: {shorten(' '.join(str(error).split()), 200)}"
         raise _refusal(hf_config, f"it does not take packed documents ({text})") from error
     odd = sorted({type(part).__name__ for part in blocks.modules() if _mixes(part)})
     if odd:

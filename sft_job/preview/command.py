@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import sys
@@ -32,6 +31,7 @@ from sft_job.preview.report import SetReport, set_report
 from sft_job.preview.rows import Pack, PreviewRow, TrainingStream, lone_row
 from sft_job.preview.terminal import View, show_lone_row, show_rejected, show_report, show_rows, show_step
 from sft_job.preview.text import TokenTexts
+from sft_job.streams import say
 from sft_job.supervisor import input_problems
 
 STDOUT = "-"
@@ -79,12 +79,13 @@ def preview_job(
         options: what to show.
     """
     for stream in (sys.stdout, sys.stderr):  # a row may hold what the terminal's encoding cannot say
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+        reconfigure = getattr(stream, "reconfigure", None)  # also of a stream that hides secrets
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")
     try:
         _preview(config_arg, overrides, environ, options)
     except JobError as error:
-        sys.stderr.write(f"{error}\n")
+        say(f"{error}\n")
         return error.code
     except KeyboardInterrupt:
         return ExitCode.STOPPED

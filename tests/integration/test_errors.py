@@ -44,6 +44,17 @@ def test_exit_codes(job, override, code, shown, verb) -> None:
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("module", ["sft_job.cli", "sft_job.train"])
+def test_a_full_disk_under_standard_error_is_no_other_exit_code(tmp_path, module) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("optim:\n  lr: much\n")
+    verb, others = ("train ", (">/dev/full 2>&1", "2>&-")) if module == "sft_job.cli" else ("", ())
+    for redirect in ("2>/dev/full", *others):
+        line = f"exec '{sys.executable}' -m {module} {verb}'{bad}' {redirect}"
+        result = subprocess.run(["sh", "-c", line], capture_output=True, check=False, timeout=60)
+        assert result.returncode == 2, redirect
+
+
 def test_rows_that_are_wrong(job, tmp_path) -> None:
     """Refused before any weight is read (there are none), listed whole, and let go where the setting says so."""
     import pyarrow as pa

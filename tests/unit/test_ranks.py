@@ -8,11 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from sft_job import ranks as ranks_room
+from sft_job import watchdog as watchdog_room
+from sft_job.config.secrets import SecretMask
 from sft_job.config.topology import Topology
 from sft_job.contract import Env, ExitCode, RunFolder
 from sft_job.errors import JobError
+from sft_job.oversight import Listener, oversee
 from sft_job.processes import state
 from sft_job.ranks import RankEnd, RankGroup, last_lines, listen, verdict
+from sft_job.watchdog import Watchdog
 
 
 def end(rank: int, code: ExitCode, **report) -> RankEnd:
@@ -60,6 +65,18 @@ def test_last_lines_are_this_starts_and_plain(tmp_path) -> None:
     assert [len(line) for line in last_lines(log, 0)] == [300]
     assert last_lines(log, log.stat().st_size) == ()
     assert last_lines(tmp_path / "none", 0) == ()
+
+
+def test_no_part_of_a_secret_is_in_last_lines(tmp_path) -> None:
+    """Neither where a line is cut nor where the log is."""
+    log, value = tmp_path / "rank_0.log", "canary" + "0123456789" * 40
+    mask = SecretMask({"A_TOKEN": value})
+    log.write_text(f"{'x' * 200}{value}\n{'y' * 16000}")
+    shown = "".join(last_lines(log, 0, mask))
+    assert "canary" not in shown
+    assert "0123456789" not in shown
+    log.write_text(f"{value}{'y' * 16200}")
+    assert set("".join(last_lines(log, 0, mask))) <= set("<secret A_TOKEN>y")
 
 
 def test_the_meeting_place() -> None:
@@ -124,6 +141,26 @@ def test_stuck_ranks(tmp_path, frozen) -> None:
     assert "the supervisor ends it" in run.rank_log(1).read_text()
     assert "the supervisor ends it" not in run.rank_log(0).read_text()
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.pids)
+
+
+def test_a_rank_that_cannot_be_killed_is_left_behind(tmp_path, monkeypatch) -> None:
+    """As in a wait for a disk that does not answer; here no signal is sent."""
+    monkeypatch.setattr(ranks_room, "_KILL_SECONDS", 0.3)
+    monkeypatch.setattr(watchdog_room, "_LATER_SECONDS", 0.1)
+    run = RunFolder(tmp_path)
+    run.logs.mkdir()
+    command = [sys.executable, "-c", "import time; time.sleep(15)"]
+    ranks = RankGroup(command, Topology(1, 1, 0, "", None), run, tmp_path, dict(os.environ))
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(RankGroup, "_signal", lambda *_: None)
+            watchdog = Watchdog(0.2, time.monotonic(), allowance=0.2)
+            found = oversee(ranks, watchdog, Listener(), lambda: False, lambda _: None)
+        assert (found.rank, found.code, found.stuck) == (0, ExitCode.LOST, True), found
+        assert "does not end even by SIGKILL" in found.message
+        assert all(Path(f"/proc/{pid}").exists() for pid in ranks.pids)
+    finally:
+        ranks.kill()
 
 
 def test_only_rank_0_gets_the_socket(tmp_path) -> None:

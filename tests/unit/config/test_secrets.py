@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sft_job.config.secrets import SecretMask, secrets_hidden
+from sft_job.contract import ExitCode
+from sft_job.errors import Problem
 
 ENVIRON = {
     "WANDB_API_KEY": "0123456789abcdef0123",
@@ -34,6 +36,70 @@ def test_values_of_secret_variables_are_hidden(name: str) -> None:
 @pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "HF_TOKEN_PATH", "DB_PASSWORD", "HOME"])
 def test_other_values_stand(name: str) -> None:
     assert SecretMask(ENVIRON).text(f"a {ENVIRON[name]} b") == f"a {ENVIRON[name]} b"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "PGPASSWORD",
+        "MYSQL_PWD",
+        "SSHPASS",
+        "HF_AUTH",
+        "AUTHORIZATION",
+        "ACCESSTOKEN",
+        "SECRETKEY",
+        "AZURE_STORAGE_CONNECTION_STRING",
+        "SENTRY_DSN",
+        "AZURE_SAS",
+        "AZURE_STORAGE_SAS_TOKEN",
+        "PROXY_AUTHORIZATION",
+        "APIKEY",
+        "dbPassword",
+        "HF_TOKEN_2",
+    ],
+)
+def test_names_of_secrets(name: str) -> None:
+    assert SecretMask({name: "canary-value"}).text("a canary-value") == f"a <secret {name}>"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "PWD",
+        "OLDPWD",
+        "SSH_AUTH_SOCK",
+        "AUTH_TYPE",
+        "XAUTHORITY",
+        "TOKENIZERS_PARALLELISM",
+        "KEYBOARD",
+        "PGPASSFILE",
+        "COMPASS",
+    ],
+)
+def test_names_that_are_none(name: str) -> None:
+    assert SecretMask({name: "/some/folder"}).text("in /some/folder") == "in /some/folder"
+
+
+@pytest.mark.parametrize("length", [5, 10, 199, 405])
+def test_a_secret_that_was_cut(length: int) -> None:
+    """What shows a long value cuts it; hundreds of characters of a token are no less secret than all."""
+    value = ("canary" + "0123456789" * 40)[:406]
+    mask = SecretMask({"A_TOKEN": value, "B_TOKEN": "another-" + value})
+    said = f"optim.lr = '{value[:length]}…\n    must be a number, found {value}"
+    assert mask.text(said) == "optim.lr = '<secret A_TOKEN>…\n    must be a number, found <secret A_TOKEN>"
+    assert mask.text("nothing… of can… it…") == "nothing… of can… it…"
+
+
+def test_a_problem_with_a_long_secret() -> None:
+    value = "canary" + "0123456789" * 40
+    text = Problem(ExitCode.CONFIG, "optim.lr", "must be a number", value=["a", value]).text()
+    assert "canary" in text
+    assert SecretMask({"A_TOKEN": value}).text(text) == "optim.lr = ['a', '<secret A_TOKEN>…\n    must be a number"
+
+
+@pytest.mark.parametrize("said", ["hf_a1B2c3…", "s3://user:pass-and-mo…"])
+def test_forms_that_were_cut(said: str) -> None:
+    assert SecretMask({}).text(f"x {said}") in ("x <secret>…", "x s3://<secret>…")
 
 
 def test_one_secret_that_begins_with_another() -> None:
