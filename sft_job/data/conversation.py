@@ -17,7 +17,7 @@ import pyarrow as pa
 from sft_job.data.columns import Column, Unreadable, python_values
 
 # Counted up with every change that gives other ids or other spans for the same conversation.
-VERSION = 1
+VERSION = 2
 ROLES = ("system", "developer", "user", "assistant", "tool")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 FLAGS = ("loss", "train", "weight", "loss_mask")

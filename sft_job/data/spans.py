@@ -16,6 +16,7 @@ Where none does, there is a reason instead of a span.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -26,7 +27,7 @@ from sft_job.data.fields import Masked, Place, has_tags, mark, marked, tags_befo
 from sft_job.data.turns import Turns, after_empty_thoughts
 
 Span = tuple[int, int]
-# A template's bridges are few; texts that stand in one, where they could not be told apart, would fill the memory.
+# Conversations of one kind share their prompts; what differs from row to row would fill the memory.
 _REMEMBERED = 4096
 # The mark of no field.
 _ANSWER = 999_999
@@ -75,7 +76,7 @@ class SpanFinder:
         """Begin with nothing but the template's frame of turns."""
         self._template = template
         self._turns = turns
-        self._prompt_lengths: dict[tuple[Any, ...], tuple[int, str] | None] = {}
+        self._prompt_lengths: dict[bytes, tuple[int, str]] = {}
 
     def find(
         self, chat: Chat, rendering: str, fields: Located | None, blocks: Sequence[Span] | None = None
@@ -145,20 +146,31 @@ class SpanFinder:
         return any(stop in str(message["tool_calls"]) for stop in self._turns.stops)
 
     def _prompt_length(self, chat: Chat, number: int, first: Place, found: Masked) -> tuple[int, str] | None:
-        """Characters of ``first.before`` that are the prompt of the turn; rendered once for each bridge."""
-        before = chat.messages[number - 1]["role"] if number else ""
-        key = (first.before, before, first.previous is None, bool(chat.tools), str(chat.variables))
-        if key not in self._prompt_lengths:
-            if len(self._prompt_lengths) >= _REMEMBERED:
-                self._prompt_lengths.clear()
-            self._prompt_lengths[key] = self._rendered_prompt_length(chat, number, first, found)
-        return self._prompt_lengths[key]
-
-    def _rendered_prompt_length(self, chat: Chat, number: int, first: Place, found: Masked) -> tuple[int, str] | None:
+        """Characters of ``first.before`` that are the prompt of the turn; rendered once for all that it depends on."""
         earlier = found.messages[:number]
+        if first.previous is not None and found.fields[first.previous].kind == "before":
+            # The bridge begins behind a message, so what calls and their answers say further up stands in none.
+            earlier = [_without_calls_texts(message) for message in earlier[:-1]] + earlier[-1:]
+        seen = repr((first.before, first.previous, earlier, chat.tools, chat.variables))
+        key = hashlib.blake2b(seen.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        length = self._prompt_lengths.get(key)
+        if length is None:
+            length = self._rendered_prompt_length(chat, earlier, first)
+            if length is not None:
+                if len(self._prompt_lengths) >= _REMEMBERED:
+                    self._prompt_lengths.clear()
+                self._prompt_lengths[key] = length
+        return length
+
+    def _rendered_prompt_length(
+        self, chat: Chat, earlier: Sequence[Mapping[str, Any]], first: Place
+    ) -> tuple[int, str] | None:
         asked = self._bridge(chat, earlier, first.previous, generation_prompt=True)
         if asked is None:
-            return self._turns.prompt_length_at_start(first.before) if not number else None
+            return None if earlier else self._turns.prompt_length_at_start(first.before)
+        header = self._turns.generation_prompt
+        if header.strip() and asked.endswith(header) and first.before.startswith(asked):
+            return self._turns.prompt_length(first.before, asked, "", "")
         plain = self._bridge(chat, earlier, first.previous) or ""
         answer = [*earlier, {"role": "assistant", "content": mark(_ANSWER)}]
         header = self._bridge(chat, answer, first.previous, behind=False) or ""
@@ -287,6 +299,23 @@ class SpanFinder:
         return body.lstrip().startswith(content or self._turns.stops) and not (
             message.get("tool_calls") and not content
         )
+
+
+def _without_calls_texts(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The message without arguments, answers and ids of tool calls, which differ from row to row."""
+    if message["role"] == "tool":
+        same = {"tool_call_id": "0" * len(str(message["tool_call_id"]))} if "tool_call_id" in message else {}
+        return {**message, "content": "x", **same}
+    if calls := message.get("tool_calls"):
+        return {**message, "tool_calls": [_without_arguments(call) for call in calls]}
+    return message
+
+
+def _without_arguments(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    arguments = call["function"]["arguments"]
+    same = {"id": "0" * len(str(call["id"]))} if "id" in call else {}
+    function = {**call["function"], "arguments": "{}" if isinstance(arguments, str) else {}}
+    return {**call, **same, "function": function}
 
 
 def _reason(number: int, fields: Located | None) -> str:

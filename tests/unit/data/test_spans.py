@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sft_job.data.conversation import Conversation
+from sft_job.data.faults import Fault
+from sft_job.data.messages import MessageRenderer, Rejected
+from sft_job.data.render import Rendered
+from tests.unit.data.families import FAMILIES, family_tokenizer
+from tests.unit.data.test_messages import (
+    TOOLS,
+    assistant,
+    call,
+    conversations,
+    read,
+    renderer,
+    template_of,
+    tool,
+    trained,
+    user,
+    with_template,
+)
+
+# A generation prompt that begins thoughts where the system's message asks for them.
+SWITCHED = (
+    "{% set on = messages and '/think' in messages[0].content %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{{ '<think>\n' if on }}{% endif %}"
+)
+
+
+def system(text: str) -> dict[str, Any]:
+    return {"role": "system", "content": text}
+
+
+def trained_by(template: str, *chats: Conversation, family: str = "qwen3") -> list[list[str] | str]:
+    """What is trained of each conversation, or why it is rejected; by one new renderer."""
+    subject = with_template(family, template)
+    return [row.reason if isinstance(row, Rejected) else trained(subject, row) for row in subject.render(chats)]
+
+
+def test_a_prompt_that_depends_on_the_systems_message() -> None:
+    on, off = (read([system(text), user("q"), assistant("a", reasoning_content="t")]) for text in ("x /think", "x"))
+    expected = [["t\n</think>\n\na<|im_end|>"], ["<think>\nt\n</think>\n\na<|im_end|>"]]
+    assert trained_by(SWITCHED, on, off) == expected
+    assert trained_by(SWITCHED, off, on) == expected[::-1]
+
+
+def test_a_prompt_that_depends_on_tools() -> None:
+    template = SWITCHED.replace("{% set on = messages and '/think' in messages[0].content %}", "{% set on = tools %}")
+    others = [{"type": "function", "function": {"name": "other", "parameters": {}}}]
+    template = template.replace("{% set on = tools %}", "{% set on = tools and tools[0].function.name == 'find' %}")
+    chats = [read([user("q"), assistant("a", reasoning_content="t")], tools) for tools in (TOOLS, others)]
+    assert trained_by(template, *chats) == trained_by(template, *chats[::-1])[::-1]
+    assert trained_by(template, *chats)[0] == ["t\n</think>\n\na<|im_end|>"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(drawn=st.lists(conversations(), min_size=2, max_size=4))
+def test_rows_do_not_depend_on_the_rows_before_them(family: str, drawn: Sequence[tuple[Any, Any, Any]]) -> None:
+    chats = [read(*each) for each in drawn]
+    subject = renderer(family)
+    there = subject.render(chats)
+    subject._finder._prompt_lengths.clear()
+    back = [subject.render([chat])[0] for chat in reversed(chats)]
+    singly = []
+    for chat in chats:
+        subject._finder._prompt_lengths.clear()
+        singly += subject.render([chat])
+    assert there == back[::-1] == singly
