@@ -103,6 +103,10 @@ class MessageRenderer:
             raise ProblemsError([self._no_stop()])
         self.stop_ids = [self.encoder.control_ids[stop] for stop in self.turns.stops]
         self.notes = [f"the assistant's turns end with {' or '.join(map(repr, self.turns.stops))}"]
+        if joined := self.turns.joined_ends:
+            self.notes.append(
+                f"the chat template writes {' and '.join(map(repr, joined))} behind every answer: trained"
+            )
         if self.turns.arguments_as_text:
             self.notes.append("the chat template is given the arguments of tool calls as JSON text")
         self._finder = SpanFinder(self.template, self.turns)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,9 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sft_job.data.conversation import Conversation
-from sft_job.data.faults import Fault
-from sft_job.data.messages import MessageRenderer, Rejected
-from sft_job.data.render import Rendered
+from sft_job.data.messages import Rejected
+from sft_job.data.template_check import TemplateReport, message_subject, self_test
 from tests.unit.data.families import FAMILIES, family_tokenizer
 from tests.unit.data.test_messages import (
     TOOLS,
@@ -19,7 +19,6 @@ from tests.unit.data.test_messages import (
     conversations,
     read,
     renderer,
-    template_of,
     tool,
     trained,
     user,
@@ -74,3 +73,38 @@ def test_rows_do_not_depend_on_the_rows_before_them(family: str, drawn: Sequence
         subject._finder._prompt_lengths.clear()
         singly += subject.render([chat])
     assert there == back[::-1] == singly
+
+
+RATED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}"
+    "<|im_end|>{{ '\nRate this: <|endoftext|>' if m.role == 'assistant' }}\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_turn_ends_before_text_of_the_template() -> None:
+    plain = read([user("q"), assistant("one"), user("q"), assistant("two")])
+    with_calls = read([user("q"), assistant("", call({})), tool("r"), assistant("two")], TOOLS)
+    assert with_template("qwen3", RATED).turns.stops == ("<|im_end|>",)
+    assert trained_by(RATED, plain, with_calls) == [
+        ["one<|im_end|>", "two<|im_end|>"],
+        ['<tool_call>{"name": "find", "arguments": {}}</tool_call><|im_end|>', "two<|im_end|>"],
+    ]
+    (warning,) = (each for each in shape_of(RATED).warnings if "Rate this" in each)
+    assert "behind '<|im_end|>'" in warning
+    assert "'<|endoftext|>'" in warning
+
+
+def test_two_ends_side_by_side_are_both_trained_and_named() -> None:
+    (note,) = (each for each in renderer("command").notes if "every answer" in each)
+    assert "'<|END_RESPONSE|>' and '<|END_OF_TURN_TOKEN|>'" in note
+    both = "'<|endoftext|>' if loop.last and m.role == 'assistant'"
+    last_only = RATED.replace("'\nRate this: <|endoftext|>' if m.role == 'assistant'", both)
+    chat = read([user("q"), assistant("one"), user("q"), assistant("two")])
+    assert trained_by(last_only, chat) == [["one<|im_end|>", "two<|im_end|>"]]
+
+
+def shape_of(template: str) -> TemplateReport:
+    subject = message_subject(family_tokenizer("qwen3"), Path(), chat_template=template)
+    return self_test(subject)
