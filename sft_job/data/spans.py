@@ -76,7 +76,10 @@ class SpanFinder:
         """Begin with nothing but the template's frame of turns."""
         self._template = template
         self._turns = turns
+        # By all that the template sees.
         self._prompt_lengths: dict[bytes, tuple[int, str]] = {}
+        self._heeding: dict[bytes, bool] = {}
+        self._asked: dict[bytes, str | None] = {}
 
     def find(
         self, chat: Chat, rendering: str, fields: Located | None, blocks: Sequence[Span] | None = None
@@ -150,9 +153,9 @@ class SpanFinder:
         earlier = found.messages[:number]
         if first.previous is not None and found.fields[first.previous].kind == "before":
             # The bridge begins behind a message, so what calls and their answers say further up stands in none.
-            earlier = [_without_calls_texts(message) for message in earlier[:-1]] + earlier[-1:]
-        seen = repr((first.before, first.previous, earlier, chat.tools, chat.variables))
-        key = hashlib.blake2b(seen.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+            heeds = self._heeds_system(chat, found)
+            earlier = [_neutral(message, heeds) for message in earlier[:-1]] + earlier[-1:]
+        key = _digest(first.before, first.previous, earlier, chat.tools, chat.variables)
         length = self._prompt_lengths.get(key)
         if length is None:
             length = self._rendered_prompt_length(chat, earlier, first)
@@ -161,6 +164,31 @@ class SpanFinder:
                     self._prompt_lengths.clear()
                 self._prompt_lengths[key] = length
         return length
+
+    def _heeds_system(self, chat: Chat, found: Masked) -> bool:
+        """Whether what a system's message says changes how the template asks for the first answer."""
+        roles = [message["role"] for message in found.messages]
+        start = found.messages[: roles.index("assistant")]
+        others = [_neutral(message, heeds_system=False) for message in start]
+        if start == others:
+            return False
+        key = _digest(start, chat.tools, chat.variables)
+        if key not in self._heeding:
+            if len(self._heeding) >= _REMEMBERED:
+                self._heeding.clear()
+            asked, neutral = self._render(chat, start, True), self._render_once(chat, others)
+            ends = [marked(text)[0][-1] if text is not None else None for text in (asked, neutral)]
+            self._heeding[key] = ends[0] != ends[1] or ends[0] is None
+        return self._heeding[key]
+
+    def _render_once(self, chat: Chat, messages: Sequence[Mapping[str, Any]]) -> str | None:
+        """As ``_render`` with a generation prompt, remembered."""
+        key = _digest(messages, chat.tools, chat.variables)
+        if key not in self._asked:
+            if len(self._asked) >= _REMEMBERED // 16:
+                self._asked.clear()
+            self._asked[key] = self._render(chat, messages, generation_prompt=True)
+        return self._asked[key]
 
     def _rendered_prompt_length(
         self, chat: Chat, earlier: Sequence[Mapping[str, Any]], first: Place
@@ -301,8 +329,19 @@ class SpanFinder:
         )
 
 
-def _without_calls_texts(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The message without arguments, answers and ids of tool calls, which differ from row to row."""
+def _digest(*seen: Any) -> bytes:
+    return hashlib.blake2b(repr(seen).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def _neutral(message: Mapping[str, Any], heeds_system: bool) -> Mapping[str, Any]:
+    """The message without arguments, answers and ids of tool calls, which differ from row to row.
+
+    Args:
+        message: with marks.
+        heeds_system: leave a system's message as it is.
+    """
+    if message["role"] in ("system", "developer") and not heeds_system and message["content"].strip():
+        return {**message, "content": "x"}
     if message["role"] == "tool":
         same = {"tool_call_id": "0" * len(str(message["tool_call_id"]))} if "tool_call_id" in message else {}
         return {**message, "content": "x", **same}
