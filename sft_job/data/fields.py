@@ -43,11 +43,13 @@ class Field:
         message: number of the message.
         kind: thoughts, content or call (a function's name) of an assistant; before = content of the message before.
         text: the text.
+        is_thought: a part of a content that thoughts' tags close, which templates may leave out.
     """
 
     message: int
     kind: Kind
     text: str
+    is_thought: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +89,10 @@ class Masked:
     messages: list[dict[str, Any]] = field(default_factory=list)
     fields: list[Field] = field(default_factory=list)
 
-    def _mark(self, message: int, kind: Kind, text: str, even_blank: bool = False) -> str:
+    def _mark(self, message: int, kind: Kind, text: str, even_blank: bool = False, is_thought: bool = False) -> str:
         if not text.strip() and not even_blank:
             return text
-        self.fields.append(Field(message, kind, text))
+        self.fields.append(Field(message, kind, text, is_thought))
         return mark(len(self.fields) - 1)
 
     def add(self, message: Mapping[str, Any], thoughts: Sequence[str], is_before: bool) -> None:
@@ -112,9 +114,11 @@ class Masked:
         if texts:
             masked.update(dict.fromkeys(texts, self._mark(place, "thoughts", next(iter(texts.values())))))
         parts = _parts(message["content"])
+        closed = max((number for number, part in enumerate(parts) if number % 2 and part.startswith("</")), default=0)
         even_blank = self.full and len(parts) == 1 and not message.get("tool_calls")
         masked["content"] = "".join(
-            part if number % 2 else self._mark(place, "content", part, even_blank) for number, part in enumerate(parts)
+            part if number % 2 else self._mark(place, "content", part, even_blank, number < closed)
+            for number, part in enumerate(parts)
         )
         if calls := message.get("tool_calls"):
             masked["tool_calls"] = [

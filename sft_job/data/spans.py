@@ -24,7 +24,7 @@ from typing import Any
 
 from sft_job.data.chat import ChatTemplate, TemplateFailure
 from sft_job.data.fields import Masked, Place, has_tags, mark, marked, tags_before
-from sft_job.data.turns import Turns, after_empty_thoughts
+from sft_job.data.turns import Turns, after_empty_thoughts, has_empty_thoughts
 
 Span = tuple[int, int]
 # Conversations of one kind share their prompts; what differs from row to row would fill the memory.
@@ -93,18 +93,20 @@ class SpanFinder:
             blocks: the template's ``{% generation %}`` blocks; None where it has none.
 
         Raises:
-            Unproved: a turn's place is not certain.
+            Unproved: a turn's place is not certain, or a part of it is not shown.
         """
+        if fields and (lost := _lost(chat, fields)):
+            raise Unproved(lost)
         located = {number: self._located(chat, number, rendering, fields) for number in chat.trained} if fields else {}
         if blocks is not None:
-            spans = self._marked(chat, rendering, fields, located, blocks)
-            if spans is not None:
-                return spans
+            marks = self._marked(chat, rendering, fields, located, blocks)
+            if marks is not None:
+                return marks
         spans = []
         for number in chat.trained:
             span = located.get(number) or self._between_prefixes(chat, number, rendering)
             if span is None:
-                raise Unproved(f"messages[{number}]: {_reason(number, fields)}")
+                raise Unproved(f"messages[{number}]: {_reason(number, fields, blocks is not None)}")
             spans.append(span)
         if any(later[0] < earlier[1] for earlier, later in pairwise(spans)):
             raise Unproved("turns overlap in the template's rendering")
@@ -266,7 +268,12 @@ class SpanFinder:
                 place.end for place in places if place.field.message == number and first <= place.start < last
             )
             spans.append((max(start, first), last if end >= fields_end else min(end, last)))
-        return spans
+        held = {end for _, end in spans}
+        for first, last in turns.values():
+            if last not in held:  # the block does not hold the turn to its end, or there is none
+                spans = [span for span in spans if span[1] <= first or span[0] >= last]
+                spans.append((first, last))
+        return sorted(spans)
 
     def _marked_alone(self, chat: Chat, rendering: str, blocks: Sequence[Span]) -> list[Span] | None:
         """The blocks by themselves, one for each of the assistant's turns."""
@@ -312,14 +319,23 @@ class SpanFinder:
         if prompt == self._render(chat, chat.messages[:number]) and not self._goes_on_with(message, turn[start:]):
             return None
         end = self._turns.end_of_body(turn[start:])
-        return None if end is None else (start, start + end)
+        if end is None or not self._shows(message, turn[start : start + end]):
+            return None
+        return start, start + end
+
+    def _shows(self, message: Mapping[str, Any], body: str) -> bool:
+        """The stretch has the names of the message's calls, and a text where the message has one."""
+        names = [call["function"]["name"] for call in message.get("tool_calls", ())]
+        text = self._turns.control.sub("", body).strip()
+        return all(name in body for name in names) and (bool(text) or not message["content"].strip())
 
     def _without_empty_thoughts(self, chat: Chat, message: Mapping[str, Any], text: str, start: int) -> int | None:
         """As ``after_empty_thoughts``, where it is not known what of the text the template wrote."""
         if any(name in message for name in chat.thoughts):
             return start
         place = after_empty_thoughts(text, start)
-        return None if place != start and has_tags(message["content"]) else place
+        own = has_tags(message["content"]) or has_empty_thoughts(message["content"])
+        return None if place != start and own else place
 
     def _goes_on_with(self, message: Mapping[str, Any], body: str) -> bool:
         """The stretch begins with the message's content, not with a header that the template did not write before."""
@@ -357,7 +373,21 @@ def _without_arguments(call: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**call, **same, "function": function}
 
 
-def _reason(number: int, fields: Located | None) -> str:
+def _lost(chat: Chat, fields: Located) -> str:
+    """Which content or calls of a trained turn the template does not show; its thoughts it may leave out."""
+    shown = {place.number for place in fields.places}
+    for number, field in enumerate(fields.masked.fields):
+        if number in shown or field.message not in chat.trained or not field.text.strip():
+            continue
+        if field.kind == "call" or (field.kind == "content" and not field.is_thought):
+            what = "all its tool calls" if field.kind == "call" else "its content"
+            return f"messages[{field.message}]: the template does not show {what}"
+    return ""
+
+
+def _reason(number: int, fields: Located | None, has_blocks: bool) -> str:
+    if has_blocks:
+        return "the template's generation block does not hold the whole turn, and nothing else proves where it stands"
     if fields and not any(place.field.message == number for place in fields.places):
         return "the template shows nothing of this turn, or of tool calls without content"
     return "neither generation blocks nor replaced texts nor prefixes prove where the template shows this turn"

@@ -221,6 +221,11 @@ def after_empty_thoughts(text: str, start: int, own: str = "") -> int | None:
     return start
 
 
+def has_empty_thoughts(text: str) -> bool:
+    """An empty block of thoughts stands in a text."""
+    return _NO_THOUGHTS.search(text) is not None
+
+
 def _without_prefill(prompt: str) -> str:
     """A generation prompt without the thoughts that it may begin."""
     prefill = _PREFILL.search(prompt)

@@ -108,3 +108,59 @@ def test_two_ends_side_by_side_are_both_trained_and_named() -> None:
 def shape_of(template: str) -> TemplateReport:
     subject = message_subject(family_tokenizer("qwen3"), Path(), chat_template=template)
     return self_test(subject)
+
+
+CALLS = "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}"
+BLOCKS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' CONDITION %}{% generation %}"
+    "{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
+    + CALLS
+    + "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SHOWN_CALL = '<tool_call>{"name": "find", "arguments": {}}</tool_call>'
+
+
+@pytest.mark.parametrize("condition", ["", "and loop.last"])
+@pytest.mark.parametrize("content", ["I look.", ""])
+def test_generation_blocks_that_hold_less_than_the_turn(condition: str, content: str) -> None:
+    chat = read([user("q"), assistant(content, call({})), tool("r"), assistant("two")], TOOLS)
+    expected = [[f"{content}{SHOWN_CALL}<|im_end|>", "two<|im_end|>"]]
+    assert trained_by(BLOCKS.replace("CONDITION", condition), chat) == expected
+
+
+def test_a_generation_block_that_holds_less_and_nothing_else_proves_the_turn() -> None:
+    template = BLOCKS.replace("CONDITION", "and loop.last").replace("m.content", "m.content | upper")
+    chat = read([user("q"), assistant("one"), user("q"), assistant("two")])
+    (reason,) = trained_by(template.replace("<|im_start|>{{", "{{ messages | length }}<|im_start|>{{"), chat)
+    assert reason.startswith("messages[1]: the template's generation block does not hold the whole turn")
+
+
+@pytest.mark.parametrize(
+    ("template", "message", "what"),
+    [
+        (SWITCHED, assistant("I look.", call({})), "all its tool calls"),
+        (SWITCHED, assistant("", call({})), "all its tool calls"),
+        (BLOCKS.replace("CONDITION", "and not m.tool_calls"), assistant("x", call({})), ""),
+        (
+            BLOCKS.replace("CONDITION", "and not m.tool_calls").replace(
+                "{% else %}{{ m.content }}", "{% elif not m.tool_calls %}{{ m.content }}"
+            ),
+            assistant("I look.", call({})),
+            "its content",
+        ),
+        (SWITCHED.replace("m.content", "m.content.split('</think>')[-1]"), assistant("<think>a</think>b"), ""),
+    ],
+)
+def test_what_the_template_does_not_show_of_a_trained_turn(template: str, message: dict[str, Any], what: str) -> None:
+    (found,) = trained_by(template, read([user("q"), message], TOOLS))
+    assert found == f"messages[1]: the template does not show {what}" if what else isinstance(found, list)
+    untrained = read([user("q"), {**message, "loss": 0}, user("r"), assistant("b")], TOOLS)
+    assert trained_by(template, untrained) == [["b<|im_end|>"]]
+
+
+def test_empty_thoughts_of_the_assistant_itself_stay() -> None:
+    # The template rewrites contents, so that only prefixes prove the turn.
+    template = SWITCHED.replace("m.content }}", "m.content | replace('city', 'town') }}")
+    chat = read([user("q"), assistant("<reasoning></reasoning>\nthe city")])
+    (found,) = trained_by(template, chat)
+    assert found == ["<reasoning></reasoning>\nthe town<|im_end|>"] or isinstance(found, str)
