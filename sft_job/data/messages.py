@@ -15,7 +15,7 @@ from sft_job.data.control_tokens import MARK
 from sft_job.data.conversation import Conversation
 from sft_job.data.encode import Encoder
 from sft_job.data.faults import Fault
-from sft_job.data.fields import Masked, align, masked
+from sft_job.data.fields import Masked, align, free_prefix, masked
 from sft_job.data.render import Rendered, check_variables
 from sft_job.data.spans import Chat, Located, Span, SpanFinder, Unproved
 from sft_job.data.stretches import TokenSpans
@@ -195,9 +195,10 @@ class MessageRenderer:
         found: list[Located | None] = [None] * len(rows)
         for full in (True, False):
             left = [n for n, row in enumerate(rows) if row.chat.trained and not row.refusal and found[n] is None]
-            masks = [masked(rows[n].chat.messages, rows[n].chat.thoughts, full) for n in left]
+            chats = [(rows[n].chat, free_prefix(rows[n].text)) for n in left]
+            masks = [masked(chat.messages, chat.thoughts, full, prefix) for chat, prefix in chats]
             for n, mask, text in zip(left, masks, self._masked_texts([rows[n].chat for n in left], masks), strict=True):
-                places = align(rows[n].text, text, mask.fields) if text is not None else None
+                places = align(rows[n].text, text, mask.fields, mask.prefix) if text is not None else None
                 found[n] = Located(mask, places) if places is not None else None
         return found
 

@@ -160,7 +160,7 @@ class SpanFinder:
         key = _digest(first.before, first.previous, earlier, chat.tools, chat.variables)
         length = self._prompt_lengths.get(key)
         if length is None:
-            length = self._rendered_prompt_length(chat, earlier, first)
+            length = self._rendered_prompt_length(chat, earlier, first, found.prefix)
             if length is not None:
                 if len(self._prompt_lengths) >= _REMEMBERED:
                     self._prompt_lengths.clear()
@@ -179,7 +179,7 @@ class SpanFinder:
             if len(self._heeding) >= _REMEMBERED:
                 self._heeding.clear()
             asked, neutral = self._render(chat, start, True), self._render_once(chat, others)
-            ends = [marked(text)[0][-1] if text is not None else None for text in (asked, neutral)]
+            ends = [marked(text, found.prefix)[0][-1] if text is not None else None for text in (asked, neutral)]
             self._heeding[key] = ends[0] != ends[1] or ends[0] is None
         return self._heeding[key]
 
@@ -193,17 +193,17 @@ class SpanFinder:
         return self._asked[key]
 
     def _rendered_prompt_length(
-        self, chat: Chat, earlier: Sequence[Mapping[str, Any]], first: Place
+        self, chat: Chat, earlier: Sequence[Mapping[str, Any]], first: Place, prefix: str
     ) -> tuple[int, str] | None:
-        asked = self._bridge(chat, earlier, first.previous, generation_prompt=True)
+        asked = self._bridge(chat, earlier, first.previous, prefix, generation_prompt=True)
         if asked is None:
             return None if earlier else self._turns.prompt_length_at_start(first.before)
         header = self._turns.generation_prompt
         if header.strip() and asked.endswith(header) and first.before.startswith(asked):
             return self._turns.prompt_length(first.before, asked, "", "")
-        plain = self._bridge(chat, earlier, first.previous) or ""
-        answer = [*earlier, {"role": "assistant", "content": mark(_ANSWER)}]
-        header = self._bridge(chat, answer, first.previous, behind=False) or ""
+        plain = self._bridge(chat, earlier, first.previous, prefix) or ""
+        answer = [*earlier, {"role": "assistant", "content": mark(_ANSWER, prefix)}]
+        header = self._bridge(chat, answer, first.previous, prefix, behind=False) or ""
         return self._turns.prompt_length(first.before, asked, plain, header)
 
     def _bridge(
@@ -211,6 +211,7 @@ class SpanFinder:
         chat: Chat,
         messages: Sequence[Mapping[str, Any]],
         previous: int | None,
+        prefix: str,
         generation_prompt: bool = False,
         behind: bool = True,
     ) -> str | None:
@@ -218,7 +219,7 @@ class SpanFinder:
         text = self._render(chat, messages, generation_prompt)
         if text is None:
             return None
-        literals, numbers = marked(text)
+        literals, numbers = marked(text, prefix)
         if not behind:
             if not numbers or numbers.pop() != _ANSWER:
                 return None

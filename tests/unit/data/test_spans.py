@@ -164,3 +164,10 @@ def test_empty_thoughts_of_the_assistant_itself_stay() -> None:
     chat = read([user("q"), assistant("<reasoning></reasoning>\nthe city")])
     (found,) = trained_by(template, chat)
     assert found == ["<reasoning></reasoning>\nthe town<|im_end|>"] or isinstance(found, str)
+
+
+def test_a_text_that_looks_like_a_mark() -> None:
+    chat = read([system("zq9field0z zq10field1z"), user("zq9field7z"), assistant("a zq9field1z")])
+    assert trained_by(SWITCHED, chat) == [["a zq9field1z<|im_end|>"]]
+    (row,) = renderer("harmony").render([read([user("zq9field0z"), assistant("b"), user("c"), assistant("d")])])
+    assert not isinstance(row, Rejected)
