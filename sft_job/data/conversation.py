@@ -101,6 +101,11 @@ def _trained(messages: Sequence[Message], flags: Sequence[bool | None], train_on
         if flag and messages[number]["role"] != "assistant":
             role = messages[number]["role"]
             raise _RowError(f"messages[{number}] is flagged to be trained, but its role is {role}, not assistant")
+        if flag and number not in chosen:
+            raise _RowError(
+                f"messages[{number}] is flagged to be trained, but data.multiturn.train_on=last trains only "
+                f"messages[{turns[-1]}]"
+            )
     return tuple(number in chosen and flag is not False for number, flag in enumerate(flags))
 
 
