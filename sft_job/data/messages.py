@@ -17,7 +17,7 @@ from sft_job.data.encode import Encoder
 from sft_job.data.faults import Fault
 from sft_job.data.fields import Masked, align, free_prefix, masked
 from sft_job.data.render import Rendered, check_variables
-from sft_job.data.spans import Chat, Located, Span, SpanFinder, Unproved
+from sft_job.data.spans import Chat, Located, Span, SpanFinder, Unproved, hides_thoughts
 from sft_job.data.stretches import TokenSpans
 from sft_job.data.turns import Turns
 from sft_job.errors import Problem, ProblemsError
@@ -151,7 +151,8 @@ class MessageRenderer:
                 reason = "a turn does not begin or end between two tokens, and its tokens by themselves give other text"
                 found[number] = Rejected(Fault.NOT_PROVED, reason)
             else:
-                found[number] = self._row(*tokens, self._quoted(conversations[number], row.text))
+                quoted = self._quoted(conversations[number], row.text)
+                found[number] = self._row(*tokens, quoted, hides_thoughts(row.chat, located[number]))
         return found
 
     def _chat(self, conversation: Conversation) -> Chat:
@@ -218,12 +219,12 @@ class MessageRenderer:
                         found += self._masked_texts([chat], [mask])
         return found
 
-    def _row(self, ids: list[int], spans: tuple[Span, ...], quoted: tuple[str, ...]) -> Rendered:
+    def _row(self, ids: list[int], spans: tuple[Span, ...], quoted: tuple[str, ...], hides: bool) -> Rendered:
         """A row; of a doubled token at its beginning, one is kept."""
         bos = self._tokenizer.bos_token_id
         if bos is not None and ids[:2] == [bos, bos] and (not spans or spans[0][0] > 0):
-            return Rendered(ids[1:], tuple((start - 1, end - 1) for start, end in spans), quoted)
-        return Rendered(ids, spans, quoted)
+            return Rendered(ids[1:], tuple((start - 1, end - 1) for start, end in spans), quoted, hides)
+        return Rendered(ids, spans, quoted, hides)
 
     def _quoted(self, conversation: Conversation, text: str) -> tuple[str, ...]:
         """Control tokens that stand in the conversation's texts, and are plain text in the row."""

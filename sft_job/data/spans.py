@@ -374,6 +374,17 @@ def _without_arguments(call: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**call, **same, "function": function}
 
 
+def hides_thoughts(chat: Chat, fields: Located | None) -> bool:
+    """The template leaves out thoughts of a trained turn."""
+    if fields is None or len(fields.places) >= len(fields.masked.fields):
+        return False
+    shown = {place.number for place in fields.places}
+    return any(
+        number not in shown and field.message in chat.trained and (field.kind == "thoughts" or field.is_thought)
+        for number, field in enumerate(fields.masked.fields)
+    )
+
+
 def _lost(chat: Chat, fields: Located) -> str:
     """Which content or calls of a trained turn the template does not show; its thoughts it may leave out."""
     shown = {place.number for place in fields.places}

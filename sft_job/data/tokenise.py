@@ -267,6 +267,7 @@ class PieceTokeniser:
         if row.control_tokens:
             counts.rows_with_control_tokens += 1
             counts.control_token = counts.control_token or row.control_tokens[0]
+        counts.rows_with_hidden_thoughts += row.hides_thoughts
         if length > limit:
             try:
                 shorter = fit(row, limit, how, made.turns)

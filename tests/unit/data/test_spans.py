@@ -9,7 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sft_job.data.conversation import Conversation
+from sft_job.data.counts import FileCounts, hidden_thoughts_note
 from sft_job.data.messages import Rejected
+from sft_job.data.render import Rendered
 from sft_job.data.template_check import TemplateReport, message_subject, self_test
 from tests.unit.data.families import FAMILIES, family_tokenizer
 from tests.unit.data.test_messages import (
@@ -171,3 +173,12 @@ def test_a_text_that_looks_like_a_mark() -> None:
     assert trained_by(SWITCHED, chat) == [["a zq9field1z<|im_end|>"]]
     (row,) = renderer("harmony").render([read([user("zq9field0z"), assistant("b"), user("c"), assistant("d")])])
     assert not isinstance(row, Rejected)
+
+
+def test_thoughts_that_are_not_shown_are_noted() -> None:
+    chat = [user("q"), assistant("a", reasoning_content="t")]
+    rows = renderer("chatml").render([read(chat), read([user("q"), assistant("a")])])
+    rows += renderer("qwen3").render([read(chat)])
+    assert [isinstance(row, Rendered) and row.hides_thoughts for row in rows] == [True, False, False]
+    assert hidden_thoughts_note(FileCounts()) is None
+    assert "in 2 rows" in str(hidden_thoughts_note(FileCounts(rows_with_hidden_thoughts=2)))
