@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from sft_job.contract import ExitCode
-from sft_job.data.counts import FileCounts, control_tokens_note
+from sft_job.data.counts import FileCounts, control_tokens_note, hidden_thoughts_note
 from sft_job.data.duplicates import later_duplicates
 from sft_job.data.faults import FaultLog
 from sft_job.data.files import FileFooter, footer_problems, read_footers
@@ -210,6 +210,8 @@ def _report(spec: CacheSpec, outcome: Outcome, notes: list[str]) -> dict[str, An
         f"{file} is listed more than once in {spec.files_option}: its rows count each time" for file in repeated
     ]
     if note := control_tokens_note(total):
+        warnings.append(f"{spec.files_option}: {note}")
+    if note := hidden_thoughts_note(total):
         warnings.append(f"{spec.files_option}: {note}")
     aside = total.rows_without_target
     if aside > _MANY_SET_ASIDE * total.rows_read:

@@ -18,7 +18,7 @@ import pyarrow as pa
 from sft_job.data.columns import Column, Unreadable, python_values
 
 # Counted up with every change that gives other ids or other spans for the same conversation.
-VERSION = 1
+VERSION = 2
 ROLES = ("system", "developer", "user", "assistant", "tool")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 FLAGS = ("loss", "train", "weight", "loss_mask")
@@ -152,6 +152,11 @@ def _trained(messages: Sequence[Message], flags: Sequence[bool | None], train_on
         if flag and messages[number]["role"] != "assistant":
             role = messages[number]["role"]
             raise _RowError(f"messages[{number}] is flagged to be trained, but its role is {role}, not assistant")
+        if flag and number not in chosen:
+            raise _RowError(
+                f"messages[{number}] is flagged to be trained, but data.multiturn.train_on=last trains only "
+                f"messages[{turns[-1]}]"
+            )
     return tuple(number in chosen and flag is not False for number, flag in enumerate(flags))
 
 

@@ -33,6 +33,7 @@ class FileCounts:
         control_token: the first of these.
         rows_with_rewritten_json: rendered rows with JSON that templates write in other words, and so it is trained.
         rewritten_json: the first of these.
+        rows_with_hidden_thoughts: rendered conversations of which the template leaves out thoughts of a trained turn.
         lengths: rows that could be rendered, by length before they were cut: number of the histogram's bar -> rows.
     """
 
@@ -50,6 +51,7 @@ class FileCounts:
     control_token: str = ""
     rows_with_rewritten_json: int = 0
     rewritten_json: str = ""
+    rows_with_hidden_thoughts: int = 0
     lengths: Counter[int] = field(default_factory=Counter)
 
     @property
@@ -85,6 +87,7 @@ class FileCounts:
         self.control_token = self.control_token or other.control_token
         self.rows_with_rewritten_json += other.rows_with_rewritten_json
         self.rewritten_json = self.rewritten_json or other.rewritten_json
+        self.rows_with_hidden_thoughts += other.rows_with_hidden_thoughts
         self.left_out += other.left_out
         self.lengths += other.lengths
         self.longest_row = max(self.longest_row, other.longest_row)
@@ -95,6 +98,7 @@ class FileCounts:
         names = ("rows_read", "rows_usable", "rows_rejected", "rows_without_target", "rows_dropped", "rows_truncated")
         names += ("tokens", "trained_tokens", "longest_row", "largest_id", "duplicates")
         names += ("rows_with_control_tokens", "control_token", "rows_with_rewritten_json", "rewritten_json")
+        names += ("rows_with_hidden_thoughts",)
         bars = _bar(self.longest_row) + 1
         return {
             **{name: getattr(self, name) for name in names},
@@ -117,6 +121,14 @@ def control_tokens_note(counts: FileCounts) -> str | None:
         f"{rows} control tokens such as {counts.control_token} as text; they are read as plain text "
         "(data.allow_control_tokens=true gives them their meaning)"
     )
+
+
+def hidden_thoughts_note(counts: FileCounts) -> str | None:
+    """What a user should know of thoughts that are not trained; None where all are shown."""
+    if not counts.rows_with_hidden_thoughts:
+        return None
+    rows = f"{counts.rows_with_hidden_thoughts:,} row{'s' * (counts.rows_with_hidden_thoughts > 1)}"
+    return f"the chat template does not show all thoughts of trained turns in {rows}: they are not trained"
 
 
 def _bar(tokens: int) -> int:

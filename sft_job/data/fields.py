@@ -11,12 +11,12 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, Literal
 
 Kind = Literal["thoughts", "content", "call", "before"]
 
 _MARK = "zq9field"
-_MARKS = re.compile(_MARK + r"(\d+)z")
 # Templates take thoughts apart that stand in the content, so their tags must stay.
 _THOUGHT_TAGS = re.compile(r"(</?think(?:ing)?>)")
 _CHANGES: tuple[Callable[[str], str], ...] = (
@@ -30,9 +30,16 @@ _CHANGES: tuple[Callable[[str], str], ...] = (
 )
 
 
-def mark(number: int) -> str:
+def mark(number: int, prefix: str = _MARK) -> str:
     """The text that stands for a field."""
-    return f"{_MARK}{number}z"
+    return f"{prefix}{number}z"
+
+
+def free_prefix(text: str) -> str:
+    """What marks may begin with so that none stands in a text; the same for the same text."""
+    if _MARK not in text:
+        return _MARK
+    return next(prefix for number in count(10) if (prefix := f"zq{number}field") not in text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +50,13 @@ class Field:
         message: number of the message.
         kind: thoughts, content or call (a function's name) of an assistant; before = content of the message before.
         text: the text.
+        is_thought: a part of a content that thoughts' tags close, which templates may leave out.
     """
 
     message: int
     kind: Kind
     text: str
+    is_thought: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,17 +90,19 @@ class Masked:
         full: the messages before the assistant's have marks, too, and so have contents of nothing but blanks.
         messages: the messages, with marks.
         fields: what the marks stand for, by number.
+        prefix: what the marks begin with.
     """
 
     full: bool
     messages: list[dict[str, Any]] = field(default_factory=list)
     fields: list[Field] = field(default_factory=list)
+    prefix: str = _MARK
 
-    def _mark(self, message: int, kind: Kind, text: str, even_blank: bool = False) -> str:
+    def _mark(self, message: int, kind: Kind, text: str, even_blank: bool = False, is_thought: bool = False) -> str:
         if not text.strip() and not even_blank:
             return text
-        self.fields.append(Field(message, kind, text))
-        return mark(len(self.fields) - 1)
+        self.fields.append(Field(message, kind, text, is_thought))
+        return mark(len(self.fields) - 1, self.prefix)
 
     def add(self, message: Mapping[str, Any], thoughts: Sequence[str], is_before: bool) -> None:
         """Append a message.
@@ -112,9 +123,11 @@ class Masked:
         if texts:
             masked.update(dict.fromkeys(texts, self._mark(place, "thoughts", next(iter(texts.values())))))
         parts = _parts(message["content"])
+        closed = max((number for number, part in enumerate(parts) if number % 2 and part.startswith("</")), default=0)
         even_blank = self.full and len(parts) == 1 and not message.get("tool_calls")
         masked["content"] = "".join(
-            part if number % 2 else self._mark(place, "content", part, even_blank) for number, part in enumerate(parts)
+            part if number % 2 else self._mark(place, "content", part, even_blank, number < closed)
+            for number, part in enumerate(parts)
         )
         if calls := message.get("tool_calls"):
             masked["tool_calls"] = [
@@ -141,7 +154,7 @@ def has_tags(content: str) -> bool:
     return _THOUGHT_TAGS.search(content) is not None
 
 
-def masked(messages: Sequence[Mapping[str, Any]], thoughts: Sequence[str], full: bool) -> Masked:
+def masked(messages: Sequence[Mapping[str, Any]], thoughts: Sequence[str], full: bool, prefix: str = _MARK) -> Masked:
     """The conversation with marks.
 
     Args:
@@ -149,31 +162,33 @@ def masked(messages: Sequence[Mapping[str, Any]], thoughts: Sequence[str], full:
         thoughts: names under which an assistant's thoughts stand.
         full: mark the messages before the assistant's, too, and contents of nothing but blanks. That says more, and
             fails where a template looks at these texts.
+        prefix: what the marks begin with.
     """
-    found = Masked(full)
+    found = Masked(full, prefix=prefix)
     followed = [later["role"] == "assistant" for later in messages[1:]] + [False]
     for message, is_before in zip(messages, followed, strict=True):
         found.add(message, thoughts, is_before)
     return found
 
 
-def marked(text: str) -> tuple[list[str], list[int]]:
+def marked(text: str, prefix: str = _MARK) -> tuple[list[str], list[int]]:
     """What stands between the marks of a rendering (one more than marks), and the marks' numbers."""
-    parts = _MARKS.split(text)
+    parts = re.split(prefix + r"(\d+)z", text)
     return parts[::2], [int(number) for number in parts[1::2]]
 
 
-def align(rendering: str, with_marks: str, fields: Sequence[Field]) -> list[Place] | None:
+def align(rendering: str, with_marks: str, fields: Sequence[Field], prefix: str = _MARK) -> list[Place] | None:
     """Where the fields stand in a rendering, in order; None where putting them back does not give it.
 
     Args:
         rendering: of the conversation.
         with_marks: the rendering of the masked one.
         fields: what the marks stand for.
+        prefix: what the marks begin with.
     """
-    if _MARK in rendering:
+    if prefix in rendering:
         return None
-    literals, numbers = marked(with_marks)
+    literals, numbers = marked(with_marks, prefix)
     places: list[Place] = []
     if not rendering.startswith(literals[0]):
         return None

@@ -15,9 +15,9 @@ from sft_job.data.control_tokens import MARK
 from sft_job.data.conversation import Conversation
 from sft_job.data.encode import Encoder
 from sft_job.data.faults import Fault
-from sft_job.data.fields import Masked, align, masked
+from sft_job.data.fields import Masked, align, free_prefix, masked
 from sft_job.data.render import Rendered, check_variables
-from sft_job.data.spans import Chat, Located, Span, SpanFinder, Unproved
+from sft_job.data.spans import Chat, Located, Span, SpanFinder, Unproved, hides_thoughts
 from sft_job.data.stretches import TokenSpans
 from sft_job.data.turns import Turns
 from sft_job.errors import Problem, ProblemsError
@@ -103,6 +103,10 @@ class MessageRenderer:
             raise ProblemsError([self._no_stop()])
         self.stop_ids = [self.encoder.control_ids[stop] for stop in self.turns.stops]
         self.notes = [f"the assistant's turns end with {' or '.join(map(repr, self.turns.stops))}"]
+        if joined := self.turns.joined_ends:
+            self.notes.append(
+                f"the chat template writes {' and '.join(map(repr, joined))} behind every answer: trained"
+            )
         if self.turns.arguments_as_text:
             self.notes.append("the chat template is given the arguments of tool calls as JSON text")
         self._finder = SpanFinder(self.template, self.turns)
@@ -147,7 +151,8 @@ class MessageRenderer:
                 reason = "a turn does not begin or end between two tokens, and its tokens by themselves give other text"
                 found[number] = Rejected(Fault.NOT_PROVED, reason)
             else:
-                found[number] = self._row(*tokens, self._quoted(conversations[number], row.text))
+                quoted = self._quoted(conversations[number], row.text)
+                found[number] = self._row(*tokens, quoted, hides_thoughts(row.chat, located[number]))
         return found
 
     def _chat(self, conversation: Conversation) -> Chat:
@@ -191,9 +196,10 @@ class MessageRenderer:
         found: list[Located | None] = [None] * len(rows)
         for full in (True, False):
             left = [n for n, row in enumerate(rows) if row.chat.trained and not row.refusal and found[n] is None]
-            masks = [masked(rows[n].chat.messages, rows[n].chat.thoughts, full) for n in left]
+            chats = [(rows[n].chat, free_prefix(rows[n].text)) for n in left]
+            masks = [masked(chat.messages, chat.thoughts, full, prefix) for chat, prefix in chats]
             for n, mask, text in zip(left, masks, self._masked_texts([rows[n].chat for n in left], masks), strict=True):
-                places = align(rows[n].text, text, mask.fields) if text is not None else None
+                places = align(rows[n].text, text, mask.fields, mask.prefix) if text is not None else None
                 found[n] = Located(mask, places) if places is not None else None
         return found
 
@@ -213,12 +219,12 @@ class MessageRenderer:
                         found += self._masked_texts([chat], [mask])
         return found
 
-    def _row(self, ids: list[int], spans: tuple[Span, ...], quoted: tuple[str, ...]) -> Rendered:
+    def _row(self, ids: list[int], spans: tuple[Span, ...], quoted: tuple[str, ...], hides: bool) -> Rendered:
         """A row; of a doubled token at its beginning, one is kept."""
         bos = self._tokenizer.bos_token_id
         if bos is not None and ids[:2] == [bos, bos] and (not spans or spans[0][0] > 0):
-            return Rendered(ids[1:], tuple((start - 1, end - 1) for start, end in spans), quoted)
-        return Rendered(ids, spans, quoted)
+            return Rendered(ids[1:], tuple((start - 1, end - 1) for start, end in spans), quoted, hides)
+        return Rendered(ids, spans, quoted, hides)
 
     def _quoted(self, conversation: Conversation, text: str) -> tuple[str, ...]:
         """Control tokens that stand in the conversation's texts, and are plain text in the row."""

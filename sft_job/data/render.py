@@ -58,11 +58,13 @@ class Rendered:
         ids: token ids.
         spans: trained stretches, ``(start, end)`` with end exclusive, in order and apart from one another.
         control_tokens: control tokens that stand in the row's text and were encoded as plain text.
+        hides_thoughts: the template does not show all thoughts of the trained turns.
     """
 
     ids: list[int]
     spans: tuple[tuple[int, int], ...]
     control_tokens: tuple[str, ...] = ()
+    hides_thoughts: bool = False
 
     @property
     def prompt_length(self) -> int:
@@ -84,7 +86,7 @@ def truncate(row: Rendered, max_length: int, side: str) -> Rendered:
     last = first + max_length
     clipped = ((max(start, first) - first, min(end, last) - first) for start, end in row.spans)
     spans = tuple((start, end) for start, end in clipped if end > start)
-    return Rendered(row.ids[first:last], spans, row.control_tokens)
+    return Rendered(row.ids[first:last], spans, row.control_tokens, row.hides_thoughts)
 
 
 def fingerprint(

@@ -16,6 +16,7 @@ Where none does, there is a reason instead of a span.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,10 +24,10 @@ from typing import Any
 
 from sft_job.data.chat import ChatTemplate, TemplateFailure
 from sft_job.data.fields import Masked, Place, has_tags, mark, marked, tags_before
-from sft_job.data.turns import Turns, after_empty_thoughts
+from sft_job.data.turns import Turns, after_empty_thoughts, has_empty_thoughts
 
 Span = tuple[int, int]
-# A template's bridges are few; texts that stand in one, where they could not be told apart, would fill the memory.
+# Conversations of one kind share their prompts; what differs from row to row would fill the memory.
 _REMEMBERED = 4096
 # The mark of no field.
 _ANSWER = 999_999
@@ -75,7 +76,10 @@ class SpanFinder:
         """Begin with nothing but the template's frame of turns."""
         self._template = template
         self._turns = turns
-        self._prompt_lengths: dict[tuple[Any, ...], tuple[int, str] | None] = {}
+        # By all that the template sees.
+        self._prompt_lengths: dict[bytes, tuple[int, str]] = {}
+        self._heeding: dict[bytes, bool] = {}
+        self._asked: dict[bytes, str | None] = {}
 
     def find(
         self, chat: Chat, rendering: str, fields: Located | None, blocks: Sequence[Span] | None = None
@@ -89,18 +93,20 @@ class SpanFinder:
             blocks: the template's ``{% generation %}`` blocks; None where it has none.
 
         Raises:
-            Unproved: a turn's place is not certain.
+            Unproved: a turn's place is not certain, or a part of it is not shown.
         """
+        if fields and (lost := _lost(chat, fields)):
+            raise Unproved(lost)
         located = {number: self._located(chat, number, rendering, fields) for number in chat.trained} if fields else {}
         if blocks is not None:
-            spans = self._marked(chat, rendering, fields, located, blocks)
-            if spans is not None:
-                return spans
+            marks = self._marked(chat, rendering, fields, located, blocks)
+            if marks is not None:
+                return marks
         spans = []
         for number in chat.trained:
             span = located.get(number) or self._between_prefixes(chat, number, rendering)
             if span is None:
-                raise Unproved(f"messages[{number}]: {_reason(number, fields)}")
+                raise Unproved(f"messages[{number}]: {_reason(number, fields, blocks is not None)}")
             spans.append(span)
         if any(later[0] < earlier[1] for earlier, later in pairwise(spans)):
             raise Unproved("turns overlap in the template's rendering")
@@ -145,23 +151,59 @@ class SpanFinder:
         return any(stop in str(message["tool_calls"]) for stop in self._turns.stops)
 
     def _prompt_length(self, chat: Chat, number: int, first: Place, found: Masked) -> tuple[int, str] | None:
-        """Characters of ``first.before`` that are the prompt of the turn; rendered once for each bridge."""
-        before = chat.messages[number - 1]["role"] if number else ""
-        key = (first.before, before, first.previous is None, bool(chat.tools), str(chat.variables))
-        if key not in self._prompt_lengths:
-            if len(self._prompt_lengths) >= _REMEMBERED:
-                self._prompt_lengths.clear()
-            self._prompt_lengths[key] = self._rendered_prompt_length(chat, number, first, found)
-        return self._prompt_lengths[key]
-
-    def _rendered_prompt_length(self, chat: Chat, number: int, first: Place, found: Masked) -> tuple[int, str] | None:
+        """Characters of ``first.before`` that are the prompt of the turn; rendered once for all that it depends on."""
         earlier = found.messages[:number]
-        asked = self._bridge(chat, earlier, first.previous, generation_prompt=True)
+        if first.previous is not None and found.fields[first.previous].kind == "before":
+            # The bridge begins behind a message, so what calls and their answers say further up stands in none.
+            heeds = self._heeds_system(chat, found)
+            earlier = [_neutral(message, heeds) for message in earlier[:-1]] + earlier[-1:]
+        key = _digest(first.before, first.previous, earlier, chat.tools, chat.variables)
+        length = self._prompt_lengths.get(key)
+        if length is None:
+            length = self._rendered_prompt_length(chat, earlier, first, found.prefix)
+            if length is not None:
+                if len(self._prompt_lengths) >= _REMEMBERED:
+                    self._prompt_lengths.clear()
+                self._prompt_lengths[key] = length
+        return length
+
+    def _heeds_system(self, chat: Chat, found: Masked) -> bool:
+        """Whether what a system's message says changes how the template asks for the first answer."""
+        roles = [message["role"] for message in found.messages]
+        start = found.messages[: roles.index("assistant")]
+        others = [_neutral(message, heeds_system=False) for message in start]
+        if start == others:
+            return False
+        key = _digest(start, chat.tools, chat.variables)
+        if key not in self._heeding:
+            if len(self._heeding) >= _REMEMBERED:
+                self._heeding.clear()
+            asked, neutral = self._render(chat, start, True), self._render_once(chat, others)
+            ends = [marked(text, found.prefix)[0][-1] if text is not None else None for text in (asked, neutral)]
+            self._heeding[key] = ends[0] != ends[1] or ends[0] is None
+        return self._heeding[key]
+
+    def _render_once(self, chat: Chat, messages: Sequence[Mapping[str, Any]]) -> str | None:
+        """As ``_render`` with a generation prompt, remembered."""
+        key = _digest(messages, chat.tools, chat.variables)
+        if key not in self._asked:
+            if len(self._asked) >= _REMEMBERED // 16:
+                self._asked.clear()
+            self._asked[key] = self._render(chat, messages, generation_prompt=True)
+        return self._asked[key]
+
+    def _rendered_prompt_length(
+        self, chat: Chat, earlier: Sequence[Mapping[str, Any]], first: Place, prefix: str
+    ) -> tuple[int, str] | None:
+        asked = self._bridge(chat, earlier, first.previous, prefix, generation_prompt=True)
         if asked is None:
-            return self._turns.prompt_length_at_start(first.before) if not number else None
-        plain = self._bridge(chat, earlier, first.previous) or ""
-        answer = [*earlier, {"role": "assistant", "content": mark(_ANSWER)}]
-        header = self._bridge(chat, answer, first.previous, behind=False) or ""
+            return None if earlier else self._turns.prompt_length_at_start(first.before)
+        header = self._turns.generation_prompt
+        if header.strip() and asked.endswith(header) and first.before.startswith(asked):
+            return self._turns.prompt_length(first.before, asked, "", "")
+        plain = self._bridge(chat, earlier, first.previous, prefix) or ""
+        answer = [*earlier, {"role": "assistant", "content": mark(_ANSWER, prefix)}]
+        header = self._bridge(chat, answer, first.previous, prefix, behind=False) or ""
         return self._turns.prompt_length(first.before, asked, plain, header)
 
     def _bridge(
@@ -169,6 +211,7 @@ class SpanFinder:
         chat: Chat,
         messages: Sequence[Mapping[str, Any]],
         previous: int | None,
+        prefix: str,
         generation_prompt: bool = False,
         behind: bool = True,
     ) -> str | None:
@@ -176,7 +219,7 @@ class SpanFinder:
         text = self._render(chat, messages, generation_prompt)
         if text is None:
             return None
-        literals, numbers = marked(text)
+        literals, numbers = marked(text, prefix)
         if not behind:
             if not numbers or numbers.pop() != _ANSWER:
                 return None
@@ -226,7 +269,12 @@ class SpanFinder:
                 place.end for place in places if place.field.message == number and first <= place.start < last
             )
             spans.append((max(start, first), last if end >= fields_end else min(end, last)))
-        return spans
+        held = {end for _, end in spans}
+        for first, last in turns.values():
+            if last not in held:  # the block does not hold the turn to its end, or there is none
+                spans = [span for span in spans if span[1] <= first or span[0] >= last]
+                spans.append((first, last))
+        return sorted(spans)
 
     def _marked_alone(self, chat: Chat, rendering: str, blocks: Sequence[Span]) -> list[Span] | None:
         """The blocks by themselves, one for each of the assistant's turns."""
@@ -272,14 +320,23 @@ class SpanFinder:
         if prompt == self._render(chat, chat.messages[:number]) and not self._goes_on_with(message, turn[start:]):
             return None
         end = self._turns.end_of_body(turn[start:])
-        return None if end is None else (start, start + end)
+        if end is None or not self._shows(message, turn[start : start + end]):
+            return None
+        return start, start + end
+
+    def _shows(self, message: Mapping[str, Any], body: str) -> bool:
+        """The stretch has the names of the message's calls, and a text where the message has one."""
+        names = [call["function"]["name"] for call in message.get("tool_calls", ())]
+        text = self._turns.control.sub("", body).strip()
+        return all(name in body for name in names) and (bool(text) or not message["content"].strip())
 
     def _without_empty_thoughts(self, chat: Chat, message: Mapping[str, Any], text: str, start: int) -> int | None:
         """As ``after_empty_thoughts``, where it is not known what of the text the template wrote."""
         if any(name in message for name in chat.thoughts):
             return start
         place = after_empty_thoughts(text, start)
-        return None if place != start and has_tags(message["content"]) else place
+        own = has_tags(message["content"]) or has_empty_thoughts(message["content"])
+        return None if place != start and own else place
 
     def _goes_on_with(self, message: Mapping[str, Any], body: str) -> bool:
         """The stretch begins with the message's content, not with a header that the template did not write before."""
@@ -289,7 +346,60 @@ class SpanFinder:
         )
 
 
-def _reason(number: int, fields: Located | None) -> str:
+def _digest(*seen: Any) -> bytes:
+    return hashlib.blake2b(repr(seen).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def _neutral(message: Mapping[str, Any], heeds_system: bool) -> Mapping[str, Any]:
+    """The message without arguments, answers and ids of tool calls, which differ from row to row.
+
+    Args:
+        message: with marks.
+        heeds_system: leave a system's message as it is.
+    """
+    if message["role"] in ("system", "developer") and not heeds_system and message["content"].strip():
+        return {**message, "content": "x"}
+    if message["role"] == "tool":
+        same = {"tool_call_id": "0" * len(str(message["tool_call_id"]))} if "tool_call_id" in message else {}
+        return {**message, "content": "x", **same}
+    if calls := message.get("tool_calls"):
+        return {**message, "tool_calls": [_without_arguments(call) for call in calls]}
+    return message
+
+
+def _without_arguments(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    arguments = call["function"]["arguments"]
+    same = {"id": "0" * len(str(call["id"]))} if "id" in call else {}
+    function = {**call["function"], "arguments": "{}" if isinstance(arguments, str) else {}}
+    return {**call, **same, "function": function}
+
+
+def hides_thoughts(chat: Chat, fields: Located | None) -> bool:
+    """The template leaves out thoughts of a trained turn."""
+    if fields is None or len(fields.places) >= len(fields.masked.fields):
+        return False
+    shown = {place.number for place in fields.places}
+    return any(
+        number not in shown and field.message in chat.trained and (field.kind == "thoughts" or field.is_thought)
+        for number, field in enumerate(fields.masked.fields)
+    )
+
+
+def _lost(chat: Chat, fields: Located) -> str:
+    """Which content or calls of a trained turn the template does not show; its thoughts it may leave out."""
+    shown = {place.number for place in fields.places}
+    for number, field in enumerate(fields.masked.fields):
+        if number in shown or field.message not in chat.trained or not field.text.strip():
+            continue
+        if field.kind == "call" or (field.kind == "content" and not field.is_thought):
+            what = "all its tool calls" if field.kind == "call" else "its content"
+            return f"messages[{field.message}]: the template does not show {what}"
+    return ""
+
+
+def _reason(number: int, fields: Located | None, has_blocks: bool) -> str:
+    if has_blocks:
+        return "the template's generation block does not hold the whole turn, and nothing else proves where it stands"
     if fields and not any(place.field.message == number for place in fields.places):
         return "the template shows nothing of this turn, or of tool calls without content"
     return "neither generation blocks nor replaced texts nor prefixes prove where the template shows this turn"

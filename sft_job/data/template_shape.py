@@ -169,7 +169,13 @@ def _check_end(subject: Subject, shown: _Shown, report: TemplateReport) -> None:
         token = subject.text(ends[0])
         report.problems.append(subject.problem(rule, "write it once", token, "eos_token"))
         return
-    text = tail.partition(subject.text(ends[0]))[0]
+    text, _, behind = tail.partition(subject.text(ends[0]))
+    second = next((token for token in ends[1:] if token not in openers), None)
+    if second is not None and (between := behind.partition(subject.text(second))[0]).strip():
+        report.warnings.append(
+            f"the chat template writes {cut(between)!r} and {subject.name(second)} behind {subject.name(ends[0])}, "
+            f"which ends an answer: neither is trained"
+        )
     if text.strip():
         report.warnings.append(
             f"the chat template writes {cut(text)!r} between an answer and {subject.name(ends[0])}, which ends it"

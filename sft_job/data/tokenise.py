@@ -272,6 +272,7 @@ class PieceTokeniser:
         if made.rewritten:
             counts.rows_with_rewritten_json += 1
             counts.rewritten_json = counts.rewritten_json or made.rewritten
+        counts.rows_with_hidden_thoughts += row.hides_thoughts
         if length > limit:
             try:
                 shorter = fit(row, limit, how, made.turns)

@@ -80,11 +80,31 @@ class Turns:
         answer = [self._user, {"role": "assistant", "content": mark(1)}]
         last, middle = self._tail(answer), self._tail([*answer, {"role": "user", "content": mark(2)}])
         both = last[: _common(last, middle)] if last and middle else last
-        if ends := [end for end, _ in self._tokens(both)]:
-            return (both[: ends[-1]],)
+        if self._tokens(both):
+            return (both[: self._first_end(both)],)
         # Other tokens at the end than in the middle.
         firsts = {tail[: self._tokens(tail)[0][0]] for tail in (last, middle) if self._tokens(tail)}
         return tuple(sorted(firsts, key=len, reverse=True))
+
+    def _first_end(self, tail: str) -> int:
+        """Where an answer ends in what is written behind it: with the first control token, and others right behind it.
+
+        What the template writes as text behind a control token is no longer the answer's.
+        """
+        found = [match for match in self.control.finditer(tail) if match[0]]
+        end, seen = found[0].end(), {found[0][0]}
+        for match in found[1:]:
+            if tail[end : match.start()].strip() or match[0] in seen:
+                break
+            end = match.end()
+            seen.add(match[0])
+        return end
+
+    @property
+    def joined_ends(self) -> tuple[str, ...]:
+        """Control tokens that follow one another behind every answer; empty where there is one."""
+        found = [token for _, token in self._tokens(self._endings[0])] if self._endings else []
+        return tuple(found) if len(found) > 1 else ()
 
     def _call_stops(self) -> list[str]:
         """Tokens that end a turn that calls a tool."""
@@ -93,7 +113,9 @@ class Turns:
         answer = {"role": "tool", "name": "probe", "tool_call_id": "probe0001", "content": mark(2)}
         last, middle = self._tail(calls, tools=True), self._tail([*calls, answer], tools=True)
         both = last[: _common(last, middle)] if last and middle else last
-        return [token for _, token in self._tokens(both)[-1:]]
+        tokens = [token for _, token in self._tokens(both)]
+        ends = [self._tokens(ending)[-1][1] for ending in self._endings]
+        return [token for token in tokens if token in ends][:1] or tokens[-1:]
 
     def _wants_text(self) -> bool:
         """The template cannot add a mapping to its text, or would show it as Python does."""
@@ -197,6 +219,11 @@ def after_empty_thoughts(text: str, start: int, own: str = "") -> int | None:
                 return block.end()
             return start if text[block.start() :].strip() == own else None
     return start
+
+
+def has_empty_thoughts(text: str) -> bool:
+    """An empty block of thoughts stands in a text."""
+    return _NO_THOUGHTS.search(text) is not None
 
 
 def _without_prefill(prompt: str) -> str:

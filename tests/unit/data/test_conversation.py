@@ -96,6 +96,15 @@ def test_flags_choose_turns(key: str, flag: Any, trained: bool) -> None:
     assert all(key not in message for message in found.messages)
 
 
+def test_a_flag_that_contradicts_train_on_last() -> None:
+    found = conversation([ANSWER | {"weight": 1}, USER, ANSWER], train_on="last")
+    assert isinstance(found, Unreadable)
+    assert found.reason == (
+        "messages[0] is flagged to be trained, but data.multiturn.train_on=last trains only messages[2]"
+    )
+    assert read([ANSWER, USER, ANSWER | {"weight": 1}], train_on="last").train == (False, False, True)
+
+
 def test_the_last_turn_alone() -> None:
     assert read([ANSWER, USER, ANSWER, USER], train_on="last").train == (False, False, True, False)
     assert read([ANSWER, USER, ANSWER, USER]).train == (True, False, True, False)

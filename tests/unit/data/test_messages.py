@@ -266,8 +266,8 @@ def test_generation_blocks_say_what_is_trained() -> None:
     chat = read([user("a"), assistant("b", reasoning_content="think"), user("c"), assistant("d")])
     (row,) = subject.render([chat])
     assert isinstance(row, Rendered)
-    # The contents stand outside of the blocks, and so do the ends of the turns.
-    assert trained(subject, row) == ["<think>\nthink\n</think>\n\n"]
+    # The contents stand outside of the blocks, and so do the ends of the turns: blocks that hold less do not count.
+    assert trained(subject, row) == ["<think>\nthink\n</think>\n\nb<|im_end|>", "d<|im_end|>"]
 
 
 def test_blocks_of_rewritten_content() -> None:
@@ -302,14 +302,15 @@ def test_a_turn_that_quotes_another_message_is_proved_otherwise() -> None:
 
 def test_a_blank_content_behind_thoughts_belongs_to_the_turn() -> None:
     template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.thinking %}{{ m.thinking }}<|im_end|>\n<|im_start|>"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.tool_calls or [] %}"
+        "{{ c.function.name }}{% endfor %}{% if m.thinking %}{{ m.thinking }}<|im_end|>\n<|im_start|>"
         "final\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     subject = with_template("chatml", template)
     (row,) = subject.render([read([user("x"), assistant("", call({}), reasoning_content="t")])])
     assert isinstance(row, Rendered)
-    assert trained(subject, row) == ["t<|im_end|>\n<|im_start|>final\n<|im_end|>"]
+    assert trained(subject, row) == ["findt<|im_end|>\n<|im_start|>final\n<|im_end|>"]
 
 
 def test_thinking_is_switched_row_by_row_and_by_the_config() -> None:
