@@ -219,7 +219,7 @@ class PieceTokeniser:
         for number, row, *more in found:
             place = (segment.file, segment.first_row + number)
             if isinstance(row, Rendered):
-                yield Made(number, row, *more)
+                yield Made(number, row, *more)  # type: ignore[arg-type]  # turns, rewritten
             elif isinstance(row, int):
                 reason = f"{row:,} characters, more than any {self._spec.max_length:,} tokens"
                 faults.add(self._too_long, *place, reason)
