@@ -123,6 +123,7 @@ class RankGroup:
             "MASTER_ADDR": topology.master_addr if topology.nnodes > 1 else "127.0.0.1",
             "MASTER_PORT": str(topology.master_port),
             Env.REPORT_DIR: str(reports),
+            Env.SUPERVISOR: str(os.getpid()),
             "PYTHONUNBUFFERED": "1",
             "OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS", str(threads)),
         }

@@ -92,9 +92,13 @@ def agree(wish: bool, device: torch.device) -> bool:
 
 def die_with_parent() -> None:
     """Be asked to stop when the supervisor is gone: ranks without one would train on, seen by nobody."""
-    if hasattr(signal, "pthread_sigmask") and os.uname().sysname == "Linux":
+    if os.uname().sysname == "Linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+    # It may have gone while this process imported torch: the kernel tells of later ends only.
+    supervisor = os.environ.get(Env.SUPERVISOR)
+    if supervisor is not None and os.getppid() != int(supervisor):
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def peak_memory(device: torch.device) -> int | None:
