@@ -402,7 +402,18 @@ def test_conversations(job: Job) -> None:
     ]
     path = job.root / "messages.parquet"
     pq.write_table(pa.table({"messages": rows, "tools": [[tool] if row % 2 else None for row in range(8)]}), path)
-    options = (f"data.train_files={path}", "data.val_files=null", "data.multiturn.enable=true")
+    template = job.root / "template.jinja"
+    template.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    options = (
+        f"data.train_files={path}",
+        "data.val_files=null",
+        "data.multiturn.enable=true",
+        f"data.chat_template={template}",
+    )
     checked = job(*options, verb="check")
     assert checked.returncode == 0, checked.stdout
     result = job(*options, "data.train_batch_size=4", "trainer.total_epochs=1", NPROC_PER_NODE="2")

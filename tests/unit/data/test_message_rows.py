@@ -90,7 +90,8 @@ def test_rows_that_cannot_be_masked_are_named(spec: MakeSpec, save_tokenizer: An
 
 TOOLS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ m.get('reasoning_content', '')[:3] }}"
-    "{% for c in m.tool_calls %}{{ c.function.arguments | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% for c in m.tool_calls %}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}<|im_end|>\n"
+    "{% endfor %}"
     "{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
 )
 
