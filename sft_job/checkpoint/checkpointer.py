@@ -18,7 +18,7 @@ from torch import nn
 from sft_job.checkpoint.background import Background
 from sft_job.checkpoint.distributed import is_disk_failure, load_tensors, on_every_rank, on_first_rank, trained_tensors
 from sft_job.checkpoint.files import Files
-from sft_job.checkpoint.folder import TO_GO_ON, clear_leftovers, mark_final, state_or_none, temporary_folder
+from sft_job.checkpoint.folder import clear_leftovers, mark_final, state_or_none, temporary_folder
 from sft_job.checkpoint.save import Order, Saved, Writing, already_there, begin, bytes_needed
 from sft_job.checkpoint.staging import Staging, global_bytes, local_bytes
 from sft_job.checkpoint.state import RunState
@@ -263,7 +263,7 @@ class Checkpointer:
         if self._flight is not None:
             self._land(judge=False)
         there = self._newest_state
-        if there is not None and there.step == state.step and set(there.contents) >= TO_GO_ON:
+        if there is not None and there.step == state.step and there.resumable:
             return state
         return self.save(state, Purpose.STOP)
 

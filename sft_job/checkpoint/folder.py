@@ -15,14 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
 from sft_job.checkpoint.files import Content, Files
+from sft_job.checkpoint.retention import Held, superfluous
 from sft_job.checkpoint.state import STATE_FILE, RunState, read_state
 from sft_job.contract import RunFolder, step_of
 
 MANIFEST = "manifest.json"
 INDEX = ".metadata"
 """DCP's index of the shards: a pickle, so it must stand in the manifest."""
-TO_GO_ON = frozenset({"model", "optimizer"})
-"""What a checkpoint must hold for a run to go on from it."""
 UNREAD = "unread_"
 """Begins the name of a checkpoint that could not be read when the run went on without it; nothing removes it."""
 _SAVING, _PRUNED, _REPLACED = ".saving_", ".pruned_", ".replaced_"
@@ -280,17 +279,16 @@ def prune(run: RunFolder, newest: Path, keep: int | None, files: Files | None = 
     for folder in (folder for folder in published(run) if (step_of(folder) or 0) > step):
         if not _put_aside(run, folder, files, also_whole=True):
             surplus.append(folder)
-    states = {folder: state_or_none(folder) for folder in older}
-    surplus += [folder for folder, state in states.items() if state is not None and not state.kept]
-    if keep is not None:
-        kept = [folder for folder, state in states.items() if state is not None and state.kept]
-        counts = (state := state_or_none(newest)) is None or state.kept
-        surplus += kept[: max(0, len(kept) - max(0, keep - counts))]
-    if not _suffices(state_or_none(newest)):
-        # By names and sizes only: this is asked at every save of such a run.
-        enough = (path for path in reversed(older) if _suffices(states[path]) and damage(path, sums=False) is None)
-        needed = next(enough, None)
-        surplus = [path for path in surplus if path != needed]
+    newest_state = state_or_none(newest)
+    # One whose own state cannot be read is taken for a kept one that nothing can go on from.
+    held = {step: Held(newest_state is None or newest_state.kept, newest_state is not None and newest_state.resumable)}
+    for folder in older:
+        state = state_or_none(folder)
+        if state is not None:
+            # By names and sizes only, and only where it matters: this is asked at every save.
+            whole = held[step].resumable or damage(folder, sums=False) is None
+            held[step_of(folder) or 0] = Held(state.kept, state.resumable and whole)
+    surplus += [run.step(each) for each in superfluous(held, keep)]
     for folder in surplus:
         # The name goes first: a half-deleted folder must not be found by its number.
         doomed = run.checkpoints / f"{_PRUNED}{folder.name}"
@@ -311,7 +309,7 @@ def _put_aside(run: RunFolder, folder: Path, files: Files, *, also_whole: bool) 
         also_whole: also one that can be read by now, and gone on from.
     """
     harm = _harm(folder)
-    if harm.proven if harm else not (also_whole and _suffices(state_or_none(folder))):
+    if harm.proven if harm else not (also_whole and _resumable(folder)):
         return False
     target = run.checkpoints / f"{UNREAD}{folder.name}"
     count = 1
@@ -322,8 +320,9 @@ def _put_aside(run: RunFolder, folder: Path, files: Files, *, also_whole: bool) 
     return True
 
 
-def _suffices(state: RunState | None) -> bool:
-    return state is not None and set(state.contents) >= TO_GO_ON
+def _resumable(folder: Path) -> bool:
+    state = state_or_none(folder)
+    return state is not None and state.resumable
 
 
 def state_or_none(folder: Path) -> RunState | None:

@@ -12,14 +12,15 @@ import os
 import shutil
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from sft_job.checkpoint.folder import MANIFEST, damage, files_below, fsync_path, mark_final, published, write_durably
 from sft_job.checkpoint.remote_folder import OPTION, WAITS, AbandonedError, RemoteFolder, one_line, url_problem
-from sft_job.checkpoint.state import STATE_FILE
+from sft_job.checkpoint.retention import Held, superfluous
+from sft_job.checkpoint.state import STATE_FILE, TO_GO_ON
 from sft_job.contract import ExitCode, RunFolder, step_of
 from sft_job.errors import JobError, Problem, ProblemsError
 
@@ -66,7 +67,7 @@ class RemoteStore:
         self._failed: dict[int, str] = {}  # step -> why; tried again with the next order
         self._closing = False
         self._outage = False
-        self._kept: dict[int, bool] = {}  # steps that are there -> made by save_freq, as state.json says
+        self._held: dict[int, Held] = {}  # steps that are there, as their state.json says
         self._newest_sent = -1
         self._thread = threading.Thread(target=self._run, name="checkpoint-upload", daemon=True)
         self._thread.start()
@@ -153,11 +154,11 @@ class RemoteStore:
     def _serve(self, order: _Order) -> None:
         folder, step = order.folder, step_of(order.folder) or 0
         remote = RemoteFolder(self._url, self._waits, self._abandoned)
-        self._kept.pop(step, None)
+        self._held.pop(step, None)
         with _pinned(folder) as source:
             try:
                 _send(remote, source, folder.name)
-                self._kept[step] = _is_kept((source / STATE_FILE).read_bytes())
+                self._held[step] = _held((source / STATE_FILE).read_bytes())
             except FileNotFoundError:
                 if not source.is_dir():
                     raise _GoneError from None
@@ -179,40 +180,23 @@ class RemoteStore:
     def _retain(self, remote: RemoteFolder, newest: int) -> None:
         """Remove what the run's retention would, of the checkpoints up to the newest one."""
         there = [step for step in remote.steps() if step <= newest]
-        states: dict[int, bool] = {}
         for step in there:
-            if step not in self._kept:
+            if step not in self._held:
                 name = RunFolder(Path()).step(step).name
                 whole = remote.read(f"{name}/{MANIFEST}") is not None
                 # What was never wholly sent is of no use: it is sent anew where it is still wanted.
-                self._kept[step] = whole and _is_kept(remote.read(f"{name}/{STATE_FILE}") or b"")
-            states[step] = self._kept[step]
-        for step in surplus(states, self._keep):
+                self._held[step] = _held(remote.read(f"{name}/{STATE_FILE}") or b"") if whole else Held(False, False)
+        for step in superfluous({step: self._held[step] for step in there}, self._keep):
             remote.remove(RunFolder(Path()).step(step).name)
-            del self._kept[step]
+            del self._held[step]
 
 
-def surplus(kept: Mapping[int, bool], keep: int | None) -> list[int]:
-    """Steps that retention removes: the same rule as ``folder.prune``.
-
-    Args:
-        kept: step -> made by ``save_freq`` or at the end; otherwise at a stop.
-        keep: how many of those stay; None = all.
-    """
-    if not kept:
-        return []
-    newest = max(kept)
-    older = sorted(step for step, is_kept in kept.items() if is_kept and step != newest)
-    room = len(older) if keep is None else max(0, keep - kept[newest])
-    stays = {newest, *older[max(0, len(older) - room) :]}
-    return sorted(kept.keys() - stays)
-
-
-def _is_kept(state: bytes) -> bool:
+def _held(state: bytes) -> Held:
     try:
-        return bool(json.loads(state)["kept"])
+        fields = json.loads(state)
+        return Held(bool(fields["kept"]), set(fields["contents"]) >= TO_GO_ON)
     except (ValueError, KeyError, TypeError):
-        return True  # not to be understood: not ours to remove
+        return Held(kept=True, resumable=False)  # not to be understood: not ours to remove
 
 
 @contextmanager

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from sft_job.checkpoint.folder import TO_GO_ON, linked, newest_whole, published, state_or_none
+from sft_job.checkpoint.folder import damage, linked, newest_whole, published, state_or_none
 from sft_job.checkpoint.remote import download_newest
-from sft_job.checkpoint.state import Changes, RunState, compare_config, read_state
+from sft_job.checkpoint.state import TO_GO_ON, Changes, RunState, compare_config, read_state
 from sft_job.config.schema import JobConfig
 from sft_job.contract import ExitCode, RunFolder
 from sft_job.errors import JobError, Problem, ProblemsError
@@ -80,6 +80,11 @@ def find_start(config: JobConfig, run: RunFolder) -> Start:
     notes = [f"{path}: a link, not looked into" for path in linked(run)]
     folder: Path | None = None
     if own:
+        # A finished run needs nothing to go on from: its last checkpoint may hold the export alone.
+        if own[-1] == run.final.resolve() and state_or_none(own[-1]) is not None and damage(own[-1]) is None:
+            last = start_at(own[-1], config, run, notes)
+            if last.finished:
+                return last
         folder, damaged = newest_whole(own, TO_GO_ON)
         notes += damaged
         if folder is None:

@@ -17,6 +17,8 @@ from sft_job.config.secrets import SecretMask
 from sft_job.config.sets import normal_sets
 
 STATE_FILE = "state.json"
+TO_GO_ON = frozenset({"model", "optimizer"})
+"""What a checkpoint must hold for a run to go on from it."""
 
 # A run may go on with these changed: they say how it runs and what it shows, not what it computes.
 SAFE_KEYS = frozenset(
@@ -154,6 +156,11 @@ class RunState:
     weights_sha256: str = ""
     sources: Mapping[str, SourceState] = field(default_factory=dict[str, SourceState])
     rng: str = field(default="torch: function of (trainer.seed, step, rank)")
+
+    @property
+    def resumable(self) -> bool:
+        """Whether a run can go on from the checkpoint."""
+        return set(self.contents) >= TO_GO_ON
 
     def to_json(self) -> str:
         """The text of ``state.json``."""

@@ -189,20 +189,18 @@ class _Places:
     """Where the characters of a changed text stood before some stretches were replaced."""
 
     def __init__(self) -> None:
-        self._given = self._changed = 0
+        self._changed = 0
         self._stretches: list[tuple[int, int, int, int]] = []
         """Start and end in the given text, start and end in the changed one."""
 
     def copy(self, text: str) -> str:
         """Go on with text that stays as it is."""
-        self._given += len(text)
         self._changed += len(text)
         return text
 
     def put(self, start: int, end: int, text: str) -> str:
         """Go on with text in place of a stretch of the given one."""
         self._stretches.append((start, end, self._changed, self._changed + len(text)))
-        self._given = end
         self._changed += len(text)
         return text
 

@@ -164,11 +164,6 @@ def write_adapter_config(folder: Path, config: LoraConfig) -> None:
 _FIELDS = ("r", "lora_alpha", "target_modules", "exclude_modules", "base_model_name_or_path", "task_type", "use_rslora")
 
 
-def zero_adapters(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of B matrices that are still zero: after a step of training, adapters that no gradient reached."""
-    return [name for name, tensor in tensors.items() if ".lora_B." in name and not tensor.any()]
-
-
 def merged(
     base: Iterator[tuple[str, Tensor]], adapters: Mapping[str, Tensor], scaling: float
 ) -> Iterator[tuple[str, Tensor]]:

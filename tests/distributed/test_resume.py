@@ -81,6 +81,22 @@ def test_stop_in_the_last_step(inputs, tmp_path, ranks, straight) -> None:
     assert third.done_before
 
 
+def test_finished_with_only_the_export(inputs, tmp_path, ranks) -> None:
+    """Nothing can be gone on from, and nothing has to be: the run is done."""
+    run = tmp_path / "run"
+    config = config_of(
+        inputs,
+        run,
+        "trainer.checkpoint.save_contents=[hf_model]",
+        "trainer.total_training_steps=2",
+        "trainer.save_freq=-1",
+    )
+    first, second = ranks(2, run_jobs, [(config, {}), (config, {})])[0]
+    assert (first.step, first.done_before) == (2, False)
+    assert final_state(run)["contents"] == []  # no shards: only huggingface/
+    assert (second.step, second.done_before) == (2, True)
+
+
 def test_several_stops_and_dropout(inputs, tmp_path, ranks) -> None:
     """Dropout draws what it would have drawn: randomness is a function of the step."""
     folder = tmp_path / "inputs"

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from sft_job.checkpoint.files import Files
 from sft_job.checkpoint.folder import (
-    TO_GO_ON,
     changed_on_disk,
     clear_leftovers,
     damage,
@@ -24,8 +23,9 @@ from sft_job.checkpoint.folder import (
     published,
     temporary_folder,
 )
+from sft_job.checkpoint.retention import Held, superfluous
 from sft_job.checkpoint.save import already_there, begin
-from sft_job.checkpoint.state import RunState, read_state
+from sft_job.checkpoint.state import TO_GO_ON, RunState, read_state
 from sft_job.contract import RunFolder
 
 STATE = RunState(1, 8, 4, 0, 4, 100, 50, 2.0, 1, 1, "d", "m", {}, True, "0")
@@ -117,6 +117,18 @@ def test_a_whole_newest_checkpoint_remains(tmp_path_factory, history: list[Save]
         step = newest if killed else step  # the next start goes on from here
     hidden = [path.name for path in run.checkpoints.iterdir() if path.name.startswith((".saving", ".pruned", ".repl"))]
     assert hidden == []
+
+
+@given(st.dictionaries(st.integers(1, 30), st.builds(Held, st.booleans(), st.booleans())), keeps)
+def test_which_ones_are_superfluous(held: dict[int, Held], keep: int | None) -> None:
+    left = sorted(held.keys() - set(superfluous(held, keep)))
+    assert left[-1:] == sorted(held)[-1:]  # the newest stays, whatever it is
+    resumable = [step for step in sorted(held) if held[step].resumable]
+    assert set(resumable[-1:]) <= set(left)
+    kept = [step for step in sorted(held) if held[step].kept]
+    assert set(kept if keep is None else kept[-keep:]) <= set(left)
+    if held:
+        assert set(left) <= {*(kept if keep is None else kept[-keep:]), max(held), *resumable[-1:]}
 
 
 def test_killed_at_every_operation(tmp_path) -> None:
