@@ -210,7 +210,15 @@ def build_job(config: JobConfig, runtime: Runtime, stop: StopWish, start: Start,
 
     precision = precision_of(fsdp, runtime.device.type)
     fresh = start.checkpoint is None
-    module, attention = build_model(config.model, mesh, runtime.device, precision, config.trainer.seed, load=fresh)
+    module, attention = build_model(
+        config.model,
+        mesh,
+        runtime.device,
+        precision,
+        config.trainer.seed,
+        load=fresh,
+        longest=config.data.max_length,
+    )
     optimizer = build_optimizer(module, config.optim, runtime.device.type)
     checkpointer = Checkpointer(
         run,

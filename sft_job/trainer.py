@@ -87,7 +87,7 @@ class Trainer:
     Args:
         config: the run's settings.
         runtime: this rank.
-        module: sharded; its forward gives the loss sum of a packed batch.
+        module: sharded; its forward gives the loss sum of a packed batch over a divisor.
         optimizer: over the module's parameters.
         shard_group: the ranks that together hold one copy of them.
         schedule: when things happen.
@@ -237,7 +237,7 @@ class Trainer:
             self.working_on = micro
             self._runtime.pulse.beat()
             set_gradient_sync(self._module, index == len(micro_batches) - 1)
-            loss = self._module(micro.to(self._runtime.device)) / num_targets
+            loss = self._module(micro.to(self._runtime.device), num_targets)
             loss.backward()
             total = total + loss.detach()
         return total

@@ -78,6 +78,11 @@ _DOES: Mapping[str, str] = {
     "model.fsdp_config.dtype": "dtype of the computation; null = bf16 on CUDA, model_dtype on CPU",
     "model.fsdp_config.reshard_after_forward": "frees a block's gathered weights after its forward",
     "model.enable_gradient_checkpointing": "recomputes decoder blocks in the backward to save memory",
+    "model.recompute": "what is computed again in the backward: auto = as little as the GPU's memory allows; none; "
+    "attention = all but attention; full = whole blocks",
+    "model.compile": "runs decoder blocks and loss through torch.compile; auto = on a GPU",
+    "model.attention": "attention backend: auto = the fastest that offers what the model needs; flash4, cudnn, "
+    "flash2, torch_varlen, sdpa, eager",
     "model.trust_remote_code": "runs Python code that the model folder brings",
     "model.lora_rank": "rank of the LoRA adapters; 0 = trains all weights",
     "model.lora_alpha": "scale of the LoRA adapters: lora_alpha / lora_rank, with lora_rank > 0",

@@ -138,6 +138,13 @@ class ModelConfig:
     """Python module to import before the model is built."""
     enable_gradient_checkpointing: bool = True
     """Recompute each decoder block in the backward instead of keeping its activations."""
+    recompute: str = "auto"
+    """What is computed again in the backward: auto (on a GPU as little as its memory allows, where
+    enable_gradient_checkpointing is on; on the CPU whole blocks), none, attention (all but attention), full."""
+    compile: Any = "auto"
+    """Run decoder blocks and loss through torch.compile: true, false, or auto (on a GPU)."""
+    attention: str = "auto"
+    """Attention backend: auto (the fastest that offers what the model needs) or a backend's name."""
     trust_remote_code: bool = False
     """Run Python code that the model folder brings."""
     lora_rank: int = 0

@@ -114,6 +114,9 @@ _FILES = _Rule(
 )
 _NOT_EMPTY = _Rule("must not be empty", lambda value: value != "" and value != [])
 
+ATTENTION_BACKENDS = ("flash4", "cudnn", "flash2", "torch_varlen", "sdpa", "eager")
+"""Names of ``model.attention.choose``, which imports torch."""
+
 _RULES: Mapping[str, _Rule] = {
     "data.train_batch_size": _at_least(1),
     "data.micro_batch_size_per_gpu": _at_least(1),
@@ -148,6 +151,9 @@ _RULES: Mapping[str, _Rule] = {
     "data.custom_cls.name": _NOT_EMPTY,
     "model.external_lib": _NOT_EMPTY,
     "trainer.default_hdfs_dir": _NOT_EMPTY,
+    "model.recompute": _one_of("auto", "none", "attention", "full"),
+    "model.compile": _Rule("must be auto, true or false", lambda value: value == "auto" or isinstance(value, bool)),
+    "model.attention": _one_of("auto", *ATTENTION_BACKENDS),
     "model.strategy": _one_of("fsdp", "fsdp2"),
     "optim.lr": _POSITIVE,
     "optim.betas": _Rule(

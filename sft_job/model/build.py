@@ -14,11 +14,14 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sft_job.config.schema import ModelConfig
 from sft_job.data.shm import to_shm
-from sft_job.model.attention import PACKED, Needs, choose_backend, register_packed_attention
+from sft_job.model.attention.call import Needs
+from sft_job.model.attention.choose import choose_backend
+from sft_job.model.attention.packed import PACKED, register_packed_attention
+from sft_job.model.blocks import Blocks, compiles, first_plan, maybe_compiled
 from sft_job.model.causal_lm import CausalLMLoss
 from sft_job.model.lora import add_adapters, base_name, draw_adapters, load_adapters, lora_config, uses_lora
+from sft_job.model.loss import row_losses
 from sft_job.model.precision import Precision
-from sft_job.model.recompute import recompute_blocks
 from sft_job.model.supported import check_architecture, decoder_blocks
 from sft_job.model.weights import draw, load_pretrained, unit_seed
 from sft_job.parallel.fsdp import Sharding, shard_module, sum_gradients
@@ -26,7 +29,14 @@ from sft_job.parallel.mesh import Mesh
 
 
 def build_model(
-    config: ModelConfig, mesh: Mesh, device: torch.device, precision: Precision, seed: int, *, load: bool
+    config: ModelConfig,
+    mesh: Mesh,
+    device: torch.device,
+    precision: Precision,
+    seed: int,
+    *,
+    load: bool,
+    longest: int = 0,
 ) -> tuple[CausalLMLoss, str]:
     """Build, shard and fill the model (a collective call).
 
@@ -38,6 +48,7 @@ def build_model(
         seed: for ``init: random``.
         load: fill the trained weights; False leaves them undefined, for a checkpoint to fill. A frozen base is always
             filled.
+        longest: tokens of the longest row, by which an attention backend may be chosen.
 
     Returns:
         The module whose forward is the loss sum, in training mode, and a line for the log on the attention backend.
@@ -49,13 +60,14 @@ def build_model(
     folder = Path(config.partial_pretrain)
     adapters = lora_config(config) if uses_lora(config) else None
     hf_config = check_architecture(config)
-    backend, why = choose_backend(attention_needs(hf_config, device.type, precision.compute))
+    backend, why = choose_backend(attention_needs(hf_config, device, precision.compute, longest), config.attention)
     lm = empty_model(hf_config, config, precision.storage)
     if adapters is not None:
         add_adapters(lm, adapters, torch.promote_types(precision.storage, torch.float32))
-    module = CausalLMLoss(lm, backend, mesh.ulysses)
-    if config.enable_gradient_checkpointing:
-        recompute_blocks(decoder_blocks(lm))
+    compiled = compiles(config, device)
+    blocks = Blocks(decoder_blocks(lm), backend, compiled=compiled)
+    blocks.set_plan(first_plan(config, len(decoder_blocks(lm))))
+    module = CausalLMLoss(lm, backend, mesh.ulysses, blocks, maybe_compiled(row_losses, compiled))
     # A checkpoint of adapters does not hold the frozen base.
     fill_base = load or adapters is not None
     draw_base = fill_base and config.init == "random"
@@ -79,17 +91,19 @@ def build_model(
     return module.train(), why
 
 
-def attention_needs(config: PretrainedConfig, device: str, dtype: torch.dtype) -> Needs:
+def attention_needs(config: PretrainedConfig, device: torch.device, dtype: torch.dtype, longest: int = 0) -> Needs:
     """What the model's attention layers will ask a backend for."""
     heads = config.num_attention_heads
     return Needs(
-        device=device,
+        device=device.type,
         dtype=dtype,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         window=bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True),
         softcap=getattr(config, "attn_logit_softcapping", None) is not None,
         dropout=bool(getattr(config, "attention_dropout", 0.0)),
         deterministic=torch.are_deterministic_algorithms_enabled(),
+        capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0),
+        longest=longest,
     )
 
 

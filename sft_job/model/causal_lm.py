@@ -14,8 +14,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from sft_job.contract import ExitCode
 from sft_job.data.batches import PackedBatch
 from sft_job.errors import JobError
-from sft_job.model.attention import Backend, Documents, Packed
-from sft_job.model.loss import LogitRule, chunked_cross_entropy
+from sft_job.model.attention.call import Backend, Documents, Packed
+from sft_job.model.blocks import Blocks
+from sft_job.model.loss import LogitRule, RowLosses, chunked_cross_entropy, row_losses
 
 
 def logit_rule(config: PretrainedConfig) -> LogitRule:
@@ -38,22 +39,33 @@ class CausalLMLoss(nn.Module):
         lm: the Hugging Face model, built with the packed attention implementation.
         backend: attention backend.
         group: Ulysses group, None without sequence parallelism.
+        blocks: how the model's decoder blocks run.
+        each: losses of a chunk of rows; a compiled form where blocks are compiled.
     """
 
-    def __init__(self, lm: PreTrainedModel, backend: Backend, group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        backend: Backend,
+        group: dist.ProcessGroup | None,
+        blocks: Blocks,
+        each: RowLosses = row_losses,
+    ) -> None:
         super().__init__()
+        self.blocks = blocks
         self.lm = lm
         self._backend = backend
         self._group = group
         self._rule = logit_rule(lm.config)
+        self._each = each
 
-    def forward(self, batch: PackedBatch) -> Tensor:
-        """Sum of the cross-entropies of this rank's supervised tokens; [] in fp32 or wider."""
+    def forward(self, batch: PackedBatch, divisor: int = 1) -> Tensor:
+        """Sum of the cross-entropies of this rank's supervised tokens over ``divisor``; [] in fp32 or wider."""
         hidden = self.hidden(batch)[0]  # [T/u, E]
         head: Any = self.lm.get_output_embeddings()
         rows = hidden.index_select(0, batch.target_rows)  # [n, E]
         targets = batch.targets[0].index_select(0, batch.target_rows)  # [n]
-        return chunked_cross_entropy(rows, head.weight, head.bias, targets, self._rule)
+        return chunked_cross_entropy(rows, head.weight, head.bias, targets, self._rule, 1.0 / divisor, each=self._each)
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """The backbone's last hidden state of this rank's tokens, [1, T/u, E]."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
-CHUNK_ELEMENTS = 2**27
-"""Logits computed at once (rows x vocabulary): 0.5 GiB in fp32."""
+CHUNK_ELEMENTS = 2**29
+"""Logits computed at once (rows x vocabulary): 1 GiB in bf16."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,91 @@ class LogitRule:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
 
+    def slope(self, applied: Tensor) -> Tensor | float:
+        """Derivative of ``apply`` where its result is ``applied``."""
+        return self.scale if self.softcap is None else self.scale * (1.0 - (applied / self.softcap).square())
+
+
+RowLosses = Callable[[Tensor, Tensor, Tensor, LogitRule, bool], Tensor]
+
+
+def row_losses(logits: Tensor, targets: Tensor, scale: Tensor, rule: LogitRule, into_gradients: bool) -> Tensor:
+    """Scaled sum of the rows' cross-entropies; the logits become its gradients, in place.
+
+    Args:
+        logits: [chunk, V] as the head gives them; overwritten where ``into_gradients``.
+        targets: [chunk].
+        scale: factor on the sum; a tensor, because a compiled form would be made anew for every number.
+        rule: what the model does to its logits.
+        into_gradients: overwrite the logits with the gradients of the scaled sum.
+
+    Returns:
+        Scalar in fp32, in fp64 where the logits are fp64.
+    """
+    wide = rule.apply(logits.to(torch.promote_types(logits.dtype, torch.float32)))  # [chunk, V]
+    norms = wide.logsumexp(dim=1)  # [chunk]
+    losses = norms - wide.gather(1, targets[:, None])[:, 0]
+    if into_gradients:
+        chosen = torch.arange(wide.shape[1], device=wide.device) == targets[:, None]
+        logits.copy_(((wide - norms[:, None]).exp() - chosen.to(wide.dtype)) * (rule.slope(wide) * scale))
+    return losses.sum() * scale
+
+
+class _LossSum(torch.autograd.Function):
+    """Gradients are made beside the loss, chunk by chunk: the logits are in memory once, and never computed again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scale: float,
+        rule: LogitRule,
+        rows_at_once: int,
+        each: RowLosses,
+    ) -> Tensor:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        need = ctx.needs_input_grad[:3]
+        total = hidden.new_zeros((), dtype=wide)
+        factor = hidden.new_full((), scale, dtype=wide)
+        # Weight and bias collect over the chunks, so in fp32 at least; each row of hidden is written once.
+        grads = (
+            torch.empty_like(hidden) if need[0] else None,
+            torch.zeros_like(weight, dtype=wide) if need[1] else None,
+            torch.zeros_like(bias, dtype=wide) if bias is not None and need[2] else None,
+        )
+        for start in range(0, hidden.shape[0], rows_at_once):
+            rows, labels = hidden[start : start + rows_at_once], targets[start : start + rows_at_once]
+            logits = F.linear(rows, weight, bias)  # [chunk, V]
+            total += each(logits, labels, factor, rule, any(need))
+            if grads[0] is not None:
+                torch.mm(logits, weight, out=grads[0][start : start + rows_at_once])  # [chunk, E]
+            if grads[1] is not None:
+                _add_product(grads[1], logits.T, rows)  # [V, E]
+            if grads[2] is not None:
+                grads[2].add_(logits.sum(dim=0, dtype=wide))
+        ctx.grads = tuple(None if grad is None else grad.to(hidden.dtype) for grad in grads)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grads, ctx.grads = ctx.grads, None
+        assert grads is not None, "the gradients were scaled in place and given away: a second backward has none"
+        return *(None if each is None else each.mul_(grad.to(each.dtype)) for each in grads), *(None,) * 5
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, with a wider total than factors."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(a.to(total.dtype) @ b.to(total.dtype))
+
 
 def chunked_cross_entropy(
     hidden: Tensor,
@@ -35,11 +122,11 @@ def chunked_cross_entropy(
     bias: Tensor | None,
     targets: Tensor,
     rule: LogitRule,
+    scale: float = 1.0,
     chunk_elements: int = CHUNK_ELEMENTS,
+    each: RowLosses = row_losses,
 ) -> Tensor:
-    """Sum of the cross-entropies of all rows.
-
-    Each chunk's logits are recomputed in the backward, so at most one chunk of them is in memory.
+    """Scaled sum of the cross-entropies of all rows.
 
     Args:
         hidden: [n, E], the supervised rows only; n may be 0 (the sum is then an exact 0 with exact 0 gradients).
@@ -47,22 +134,13 @@ def chunked_cross_entropy(
         bias: [V] or None.
         targets: [n], the token that follows each row.
         rule: what the model does to its logits.
+        scale: factor on the sum. Here, and not on what is returned, it meets the gradients in fp32: what is returned
+            should be differentiated as it is, because a factor in the backward is rounded to the gradients' dtype.
         chunk_elements: logits (rows x V) computed at once.
+        each: ``row_losses``, or a compiled form of it.
 
     Returns:
-        Scalar in fp32, in fp64 where hidden is fp64.
+        Scalar in fp32, in fp64 where hidden is fp64. Its backward may run once.
     """
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-
-    def chunk_sum(rows: Tensor, labels: Tensor) -> Tensor:
-        logits = rule.apply(F.linear(rows, weight, bias).to(wide))  # [chunk, V]
-        return F.cross_entropy(logits, labels, reduction="sum")
-
     rows_at_once = max(1, chunk_elements // weight.shape[0])
-    # The zero keeps hidden and the head in the graph when this rank has nothing to predict: FSDP's collectives
-    # must run on every rank.
-    total = (hidden.sum() + weight.sum()).to(wide) * 0.0 if hidden.shape[0] == 0 else hidden.new_zeros((), dtype=wide)
-    for start in range(0, hidden.shape[0], rows_at_once):
-        rows, labels = hidden[start : start + rows_at_once], targets[start : start + rows_at_once]
-        total = total + checkpoint(chunk_sum, rows, labels, use_reentrant=False, preserve_rng_state=False)
-    return total
+    return _LossSum.apply(hidden, weight, bias, targets, scale, rule, rows_at_once, each)

@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from sft_job.config.schema import ModelConfig
 from sft_job.contract import ExitCode
 from sft_job.errors import JobError, shorten
-from sft_job.model.attention import PACKED, AttentionCall, Backend, Documents, Packed, register_packed_attention
+from sft_job.model.attention.call import AttentionCall, Backend, Documents, Packed
+from sft_job.model.attention.packed import PACKED, register_packed_attention
 
 _TOKENS = 8
 # Modules with weights that work on each token alone.

@@ -11,28 +11,41 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 
-class _AllToAll(torch.autograd.Function):
-    """Equal-split all-to-all over tensor dim 0; its own transpose, so the backward is the same exchange."""
+@torch.library.custom_op("sft_job::all_to_all", mutates_args=())
+def all_to_all(x: Tensor, group_name: str) -> Tensor:
+    """Equal-split all-to-all over tensor dim 0: row i goes to rank i, and row i of the result came from rank i.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _exchange(x, group)
+    A registered op, so that torch.compile keeps it as one call. Its own transpose: the backward is the same exchange.
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _exchange(grads[0], ctx.group), None
-
-
-def _exchange(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    Args:
+        x: [u, ...].
+        group_name: of the Ulysses group; ops take no group itself.
+    """
     # Without contiguous() an incoming gradient view is exchanged in memory order: the loss stays exact while
     # the gradients are silently wrong.
     x = x.contiguous()
     out = torch.empty_like(x)
-    dist.all_to_all_single(out, x, group=group)
+    dist.all_to_all_single(out, x, group=_resolve_process_group(group_name))
     return out
+
+
+@all_to_all.register_fake
+def _(x: Tensor, group_name: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _keep_group(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+    ctx.group_name = inputs[1]
+
+
+def _exchange_back(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return all_to_all(grad, ctx.group_name), None
+
+
+all_to_all.register_autograd(_exchange_back, setup_context=_keep_group)
 
 
 def kv_repeats(kv_heads: int, ulysses_size: int) -> int:
@@ -68,7 +81,7 @@ def gather_sequence(
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     parts = [x.reshape(u, -1) for x in (query, key, value)]  # [1, h, T/u, d] -> [u, h/u * T/u * d]: row i for rank i
     sizes = [part.shape[1] for part in parts]
-    received = _AllToAll.apply(torch.cat(parts, dim=1), group)  # row i: rank i's tokens of this rank's heads
+    received = all_to_all(torch.cat(parts, dim=1), group.group_name)  # row i: rank i's tokens of this rank's heads
     outs: list[Tensor] = []
     for x, part in zip((query, key, value), received.split(sizes, dim=1), strict=True):
         _, h, t, d = x.shape
@@ -81,5 +94,7 @@ def scatter_sequence(out: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Trade tokens for heads: attention output [1, T, H/u, D] -> [1, T/u, H, D]."""
     u = group.size()
     _, t, h, d = out.shape
-    received = _AllToAll.apply(out.reshape(u, t // u, h, d), group)  # [u, T/u, H/u, D]: row i holds rank i's heads
+    received = all_to_all(
+        out.reshape(u, t // u, h, d), group.group_name
+    )  # [u, T/u, H/u, D]: row i holds rank i's heads
     return received.transpose(0, 1).reshape(1, t // u, u * h, d)

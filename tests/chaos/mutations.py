@@ -46,8 +46,8 @@ MUTATIONS = (
     Mutation(
         "mean of means",
         "sft_job/trainer.py",
-        "loss = self._module(micro.to(self._runtime.device)) / num_targets",
-        "loss = self._module(micro.to(self._runtime.device)) / max(1, int(micro.target_rows.numel()))"
+        "loss = self._module(micro.to(self._runtime.device), num_targets)",
+        "loss = self._module(micro.to(self._runtime.device), max(1, int(micro.target_rows.numel())))"
         " / len(micro_batches) / dist.get_world_size()",
         ("tests/distributed/test_layouts.py",),
     ),

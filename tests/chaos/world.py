@@ -365,7 +365,7 @@ class Watch:
             self._shim.strike(Phase.FORWARD.value)  # there was nothing to load
         if self._strike is not None and (self._step or 0) >= self._strike.step + _PATIENCE:
             self._shim.strike(Phase.FORWARD.value)  # its phase has not come: kills that follow need steps to train
-        (batch,) = arguments
+        batch = arguments[0]
         if self._step is not None:  # what comes before the first batch is the rehearsal
             for tensor in (batch.input_ids, batch.position_ids, batch.targets):
                 self._tokens.update(tensor.numpy().tobytes())

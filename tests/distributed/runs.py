@@ -120,7 +120,7 @@ def _watch_batches(job: Any, watched: Watched) -> None:
     job.loader.steps = watching
 
     def note(module: Any, arguments: tuple[Any, ...]) -> None:
-        (batch,) = arguments
+        batch = arguments[0]
         if module.training and watched.documents:
             watched.documents[-1].append(tuple(batch.input_ids[0].tolist()))
 

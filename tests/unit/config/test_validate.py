@@ -13,7 +13,7 @@ from sft_job.config.layout import ulysses_fits
 from sft_job.config.model_folder import ModelFacts
 from sft_job.config.schema import JobConfig
 from sft_job.config.topology import Topology
-from sft_job.config.validate import validate
+from sft_job.config.validate import ATTENTION_BACKENDS, validate
 from sft_job.contract import ExitCode
 from sft_job.errors import Problem
 
@@ -97,6 +97,9 @@ LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "data.custom_cls.name": ([None, "Rows"], [""]),
     "model.external_lib": ([None, "json", "json.tool"], ["", "no_such_module_here", "a b", "/x.py"]),
     "trainer.default_hdfs_dir": ([None, "/elsewhere", "hdfs://host/a", "s3://a"], ["", "s3://", "://a", "A b://c"]),
+    "model.recompute": (["auto", "none", "attention", "full"], ["some", ""]),
+    "model.compile": (["auto", True, False], ["yes", 1, None]),
+    "model.attention": (["auto", *ATTENTION_BACKENDS], ["flash_attention_2"]),
     "model.strategy": (["fsdp", "fsdp2"], ["ddp"]),
     "optim.lr": ([1e-30, 1], [0.0, -1e-5, NAN, INF]),
     "optim.betas": ([[0.0, 0.999]], [[], [0.9], [0.9, 0.9, 0.9], [0.9, 1.0], [-0.1, 0.9], [NAN, 0.9]]),

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from sft_job.errors import JobError
-from sft_job.model.attention import BACKENDS, AttentionCall, Documents, Needs, Packed, choose_backend, packed_attention
+from sft_job.model.attention.call import AttentionCall, Documents, Needs, Packed
+from sft_job.model.attention.choose import BACKENDS, choose_backend
+from sft_job.model.attention.packed import packed_attention
 
 SDPA, EAGER = (next(b for b in BACKENDS if b.name == name) for name in ("sdpa", "eager"))
 
@@ -66,7 +68,7 @@ def test_the_choice_says_what_was_passed_over() -> None:
 
 def test_needs_that_nothing_offers_are_refused() -> None:
     with pytest.raises(JobError, match="no attention backend serves this model: sdpa: no logit soft cap"):
-        choose_backend(Needs("cpu", torch.float32, 64, softcap=True), [SDPA])
+        choose_backend(Needs("cpu", torch.float32, 64, softcap=True), backends=[SDPA])
 
 
 @pytest.mark.parametrize("more", [{"s_aux": torch.zeros(4)}, {"position_bias": torch.zeros(1)}, {"is_causal": False}])

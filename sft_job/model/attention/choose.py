@@ -1,0 +1,71 @@
+"""Which attention backend a model gets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sft_job.contract import ExitCode
+from sft_job.errors import JobError
+from sft_job.model.attention.call import Backend, Needs
+from sft_job.model.attention.each_document import cudnn, cudnn_lacks, eager, sdpa, sdpa_lacks
+from sft_job.model.attention.flash import (
+    FLASH2_OP,
+    FLASH4_OP,
+    VARLEN_OP,
+    flash2,
+    flash2_lacks,
+    flash4,
+    flash4_lacks,
+    slow_after_ampere,
+    torch_varlen,
+    torch_varlen_lacks,
+)
+
+_SDPA_OPS = frozenset(
+    f"aten::_scaled_dot_product_{kind}"
+    for kind in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+)
+
+BACKENDS: tuple[Backend, ...] = (
+    Backend("flash4", flash4, flash4_lacks, traced=True, saved=frozenset({FLASH4_OP})),
+    Backend("cudnn", cudnn, cudnn_lacks, saved=_SDPA_OPS),
+    Backend("flash2", flash2, flash2_lacks, saved=frozenset({FLASH2_OP}), slow_on=slow_after_ampere),
+    Backend(
+        "torch_varlen",
+        torch_varlen,
+        torch_varlen_lacks,
+        traced=True,
+        saved=frozenset({VARLEN_OP}),
+        slow_on=slow_after_ampere,
+    ),
+    Backend("sdpa", sdpa, sdpa_lacks, saved=_SDPA_OPS, slow_on=slow_after_ampere),
+    Backend("eager", eager, lambda needs: None, slow_on=slow_after_ampere),
+)
+"""Fastest first."""
+AUTO = "auto"
+
+
+def choose_backend(needs: Needs, name: str = AUTO, backends: Sequence[Backend] = BACKENDS) -> tuple[Backend, str]:
+    """The first backend that offers all that is needed, and a line for the log that says why.
+
+    Args:
+        needs: of the model, its data and its device.
+        name: of the only one to take; auto = any.
+        backends: fastest first.
+
+    Raises:
+        JobError: none does (exit code 2).
+    """
+    passed: list[str] = []
+    for backend in backends:
+        if name not in (AUTO, backend.name):
+            continue
+        reason = backend.lacks(needs)
+        if reason is None:
+            why = "as set" if name != AUTO else "; ".join(passed)
+            slow = backend.slow_on(needs)
+            text = f"attention: {backend.name}" + (f" ({why})" if why else "")
+            return backend, text + (f"\n    warning: slow: {slow}" if slow and name == AUTO else "")
+        passed.append(f"{backend.name}: {reason}")
+    asked = "" if name == AUTO else f"model.attention = {name!r}: "
+    raise JobError(ExitCode.CONFIG, f"{asked}no attention backend serves this model: {'; '.join(passed)}")
