@@ -129,6 +129,11 @@ class RunFolder:
         return self.logs / f"rank_{rank}.log"
 
     @property
+    def kernels(self) -> Path:
+        """Compiled kernels, from one start to the next, unless the environment names other folders."""
+        return self.root / "kernels"
+
+    @property
     def cache(self) -> Path:
         """Token cache, unless ``data.cache_dir`` names another folder."""
         return self.root / "cache"

@@ -42,6 +42,7 @@ from sft_job.deadline import REASON as DEADLINE
 from sft_job.errors import JobError
 from sft_job.evaluate import EvaluationRows, ValidationLoss, validation_loss
 from sft_job.export import export_live
+from sft_job.fitting import fit_recompute
 from sft_job.forensics import BadSteps, decoder
 from sft_job.lock import confirm_lock
 from sft_job.memory import is_out_of_memory, memory_by_kind, out_of_memory_text, remedies, shapes_text
@@ -50,12 +51,13 @@ from sft_job.metrics.loggers import Loggers, make_loggers
 from sft_job.metrics.meters import GIB, StepMeter
 from sft_job.model.build import build_model
 from sft_job.model.causal_lm import CausalLMLoss
+from sft_job.model.fp8 import token_multiple
 from sft_job.model.lora import uses_lora
 from sft_job.model.precision import precision_of
 from sft_job.optimizer import build_optimizer
 from sft_job.parallel.mesh import Mesh, build_mesh
 from sft_job.pulse import FINISHING, LOADING, TRAINING
-from sft_job.rehearsal import longest_batches, rehearse
+from sft_job.rehearsal import longest_batches, rehearse, step_accumulates
 from sft_job.runtime import Runtime, StopWish, agree, peak_memory
 from sft_job.trainer import Ending, Schedule, Trainer
 
@@ -113,7 +115,16 @@ class Job:
     def _rehearse(self) -> None:
         if not self.longest:
             return
-        rehearse(self.trainer.accumulate, self.module, self.optimizer, self.longest)
+
+        def once() -> None:
+            rehearse(self.trainer.accumulate, self.module, self.optimizer, self.longest)
+
+        if _chooses_recompute(self.config, self.runtime.device):
+            plan = fit_recompute(self.module.blocks, once, self.runtime.device)
+            if self.loggers is not None:
+                self.loggers.message(plan)
+        else:
+            once()
         peak = peak_memory(self.runtime.device)
         if self.loggers is not None:
             ulysses = self.config.ulysses_sequence_parallel_size
@@ -218,6 +229,7 @@ def build_job(config: JobConfig, runtime: Runtime, stop: StopWish, start: Start,
         config.trainer.seed,
         load=fresh,
         longest=config.data.max_length,
+        accumulates=step_accumulates(config, rows, mesh.layout.dp_size),
     )
     optimizer = build_optimizer(module, config.optim, runtime.device.type)
     checkpointer = Checkpointer(
@@ -264,6 +276,12 @@ def build_job(config: JobConfig, runtime: Runtime, stop: StopWish, start: Start,
     loader = _loader(config, rows, order, mesh)
     longest = longest_batches(config, rows, loader, mesh.layout.dp_size)
     return Job(config, runtime, module, optimizer, trainer, loader, loggers, store, checkpointer, longest)
+
+
+def _chooses_recompute(config: JobConfig, device: torch.device) -> bool:
+    """Not where bits count: another plan adds up in another order."""
+    model, free = config.model, device.type == "cuda" and not config.trainer.deterministic
+    return free and model.recompute == "auto" and model.enable_gradient_checkpointing
 
 
 def make_schedule(config: JobConfig, steps_per_epoch: int) -> Schedule:
@@ -346,6 +364,7 @@ def _loader(config: JobConfig, rows: Rows, order: StepRows, mesh: Mesh) -> Batch
         ulysses_rank=place.ulysses_rank,
         ulysses_size=place.ulysses_size,
         pad_id=0,
+        multiple=token_multiple(config.model.fp8),
     )
 
 

@@ -84,7 +84,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter], shard_group: dist.ProcessG
     squares: list[Tensor] = []
     for parameter in parameters:
         if parameter.grad is not None:
-            grad = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+            grad = _local(parameter.grad)
             wide = torch.promote_types(grad.dtype, torch.float32)
             squares.append(torch.linalg.vector_norm(grad, dtype=wide).square())
     total = torch.stack(squares).sum()
@@ -93,9 +93,12 @@ def gradient_norm(parameters: Iterable[nn.Parameter], shard_group: dist.ProcessG
 
 
 @torch.no_grad()
-def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
-    """Multiply every gradient by a scalar tensor, without a host sync."""
-    for parameter in parameters:
-        if parameter.grad is not None:
-            grad = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
-            grad.mul_(factor.to(grad.dtype))
+def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
+    """Multiply every gradient by a number."""
+    grads = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    if grads:
+        torch._foreach_mul_(grads, factor)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -22,6 +22,7 @@ from sft_job.config.topology import Topology
 from sft_job.contract import STACK_SIGNAL, STOP_SIGNALS, Env, ExitCode, RunFolder
 from sft_job.errors import JobError
 from sft_job.pulse import pulse_file, read_beat
+from sft_job.tuning import tuned
 from sft_job.watchdog import Seen
 
 POLL_SECONDS = 0.1
@@ -126,6 +127,7 @@ class RankGroup:
             Env.SUPERVISOR: str(os.getpid()),
             "PYTHONUNBUFFERED": "1",
             "OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS", str(threads)),
+            **tuned(environ, run, threads),
         }
         with contextlib.ExitStack() as opened:
             store: socket.socket | None = None

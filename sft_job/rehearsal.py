@@ -27,7 +27,13 @@ def longest_batches(config: JobConfig, rows: Rows, loader: BatchLoader, dp_size:
     settings, size = pack_settings(config), config.data.train_batch_size
     lengths = rows.lengths[np.arange(rows.num_rows)]
     batch = loader.pack(heaviest_rows(lengths, settings, size))
-    return [batch] * (1 + accumulates(lengths, settings, size, dp_size))
+    return [batch] * (1 + step_accumulates(config, rows, dp_size))
+
+
+def step_accumulates(config: JobConfig, rows: Rows, dp_size: int) -> bool:
+    """Whether a step of the run can have more than one micro-batch."""
+    lengths = rows.lengths[np.arange(rows.num_rows)]
+    return accumulates(lengths, pack_settings(config), config.data.train_batch_size, dp_size)
 
 
 def heaviest_rows(lengths: npt.NDArray[np.int32], settings: PackSettings, batch_rows: int) -> list[int]:

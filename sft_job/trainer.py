@@ -125,6 +125,7 @@ class Trainer:
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         self._optimizer = optimizer
         self._shard_group = shard_group
+        self._reshard = config.model.fsdp_config.reshard_after_forward
         self.schedule = schedule
         """When things happen."""
         self._state = state
@@ -215,7 +216,7 @@ class Trainer:
         if math.isfinite(total) and math.isfinite(grad_norm):
             clip = self._config.optim.clip_grad
             if 0.0 < clip < grad_norm:
-                scale_gradients(self._parameters, norm.new_tensor(clip) / norm)
+                scale_gradients(self._parameters, clip / grad_norm)
             self._optimizer.step()
         else:
             bad = self._not_taken(batch, total, grad_norm)
@@ -236,7 +237,8 @@ class Trainer:
         for index, micro in enumerate(micro_batches):
             self.working_on = micro
             self._runtime.pulse.beat()
-            set_gradient_sync(self._module, index == len(micro_batches) - 1)
+            last = index == len(micro_batches) - 1
+            set_gradient_sync(self._module, sync=last, reshard=last or self._reshard)
             loss = self._module(micro.to(self._runtime.device), num_targets)
             loss.backward()
             total = total + loss.detach()

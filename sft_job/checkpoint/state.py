@@ -49,6 +49,7 @@ SAFE_KEYS = frozenset(
         "model.fsdp_config.wrap_policy.min_num_params",
         "model.fsdp_config.fsdp_size",
         "model.fsdp_config.reshard_after_forward",
+        "model.fsdp_config.shard_frozen",
         "model.external_lib",
         "model.lora_adapter_path",  # where the adapter came from; its weights are the checkpoint's
         "model.fsdp_config.cpu_offload",

@@ -76,11 +76,15 @@ _DOES: Mapping[str, str] = {
     "model.fsdp_config.fsdp_size": "ranks that share one copy of the weights (HSDP between the copies); -1 = all",
     "model.fsdp_config.model_dtype": "dtype of weights and optimizer states: bf16, fp32 or fp64",
     "model.fsdp_config.dtype": "dtype of the computation; null = bf16 on CUDA, model_dtype on CPU",
-    "model.fsdp_config.reshard_after_forward": "frees a block's gathered weights after its forward",
+    "model.fsdp_config.reshard_after_forward": "frees a block's gathered weights after its forward; false keeps them "
+    "for the step's backwards and further micro-batches",
+    "model.fsdp_config.shard_frozen": "with LoRA: shards the base too; false = each GPU holds it whole; auto = "
+    "whole in up to a third of its memory",
     "model.enable_gradient_checkpointing": "recomputes decoder blocks in the backward to save memory",
     "model.recompute": "what is computed again in the backward: auto = as little as the GPU's memory allows; none; "
     "attention = all but attention; full = whole blocks",
     "model.compile": "runs decoder blocks and loss through torch.compile; auto = on a GPU",
+    "model.fp8": "matrix products of the decoder blocks in fp8, on H100 and later: none; tensorwise; rowwise",
     "model.attention": "attention backend: auto = the fastest that offers what the model needs; flash4, cudnn, "
     "flash2, torch_varlen, sdpa, eager",
     "model.trust_remote_code": "runs Python code that the model folder brings",

@@ -119,7 +119,11 @@ class FsdpConfig:
     """Ranks over which parameters are sharded; -1 = all. A smaller number shards within groups of that many
     neighbouring ranks and replicates between the groups (HSDP)."""
     reshard_after_forward: bool = True
-    """Free a block's gathered weights after its forward; false keeps them for the backward."""
+    """Free a block's gathered weights after its forward; false keeps them for the backward, and from one micro-batch
+    of a step to the next."""
+    shard_frozen: Any = "auto"
+    """Shard the weights that LoRA does not train: true, false (every rank holds them whole, and nothing is gathered),
+    or auto (whole where they take less than a third of the GPU's memory)."""
 
 
 @dataclass
@@ -143,6 +147,8 @@ class ModelConfig:
     enable_gradient_checkpointing is on; on the CPU whole blocks), none, attention (all but attention), full."""
     compile: Any = "auto"
     """Run decoder blocks and loss through torch.compile: true, false, or auto (on a GPU)."""
+    fp8: str = "none"
+    """Matrix products of the decoder blocks in fp8: none, tensorwise (faster) or rowwise (more exact)."""
     attention: str = "auto"
     """Attention backend: auto (the fastest that offers what the model needs) or a backend's name."""
     trust_remote_code: bool = False

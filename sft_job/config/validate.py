@@ -114,6 +114,7 @@ _FILES = _Rule(
 )
 _NOT_EMPTY = _Rule("must not be empty", lambda value: value != "" and value != [])
 
+_AUTO_OR_BOOL = _Rule("must be auto, true or false", lambda value: value == "auto" or isinstance(value, bool))
 ATTENTION_BACKENDS = ("flash4", "cudnn", "flash2", "torch_varlen", "sdpa", "eager")
 """Names of ``model.attention.choose``, which imports torch."""
 
@@ -152,7 +153,9 @@ _RULES: Mapping[str, _Rule] = {
     "model.external_lib": _NOT_EMPTY,
     "trainer.default_hdfs_dir": _NOT_EMPTY,
     "model.recompute": _one_of("auto", "none", "attention", "full"),
-    "model.compile": _Rule("must be auto, true or false", lambda value: value == "auto" or isinstance(value, bool)),
+    "model.fp8": _one_of("none", "tensorwise", "rowwise"),
+    "model.compile": _AUTO_OR_BOOL,
+    "model.fsdp_config.shard_frozen": _AUTO_OR_BOOL,
     "model.attention": _one_of("auto", *ATTENTION_BACKENDS),
     "model.strategy": _one_of("fsdp", "fsdp2"),
     "optim.lr": _POSITIVE,

@@ -61,19 +61,23 @@ class PackedBatch:
         return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
 
-def pack_rows(rows: Sequence[TokenRow], ulysses_size: int, ulysses_rank: int, pad_id: int) -> PackedBatch:
+def pack_rows(
+    rows: Sequence[TokenRow], ulysses_size: int, ulysses_rank: int, pad_id: int, multiple: int = 1
+) -> PackedBatch:
     """Concatenate rows and cut out one rank's stretch.
 
     Args:
-        rows: documents of the pack; none gives ``ulysses_size`` tokens of padding, so that a rank without rows still
-            takes part in every collective.
-        ulysses_size: ranks that share the pack; its length is padded to a multiple of this.
+        rows: documents of the pack; none gives padding alone, so that a rank without rows still takes part in every
+            collective.
+        ulysses_size: ranks that share the pack.
         ulysses_rank: which stretch.
         pad_id: any id of the vocabulary.
+        multiple: each rank's tokens are padded to a multiple of this.
     """
     lengths = [len(row.ids) for row in rows]
     num_tokens = sum(lengths)
-    padding = -num_tokens % ulysses_size if rows else ulysses_size
+    unit = ulysses_size * multiple
+    padding = -num_tokens % unit if rows else unit
     if padding:
         lengths.append(padding)
     total = num_tokens + padding
@@ -147,6 +151,7 @@ class BatchLoader:
         ulysses_rank: int,
         ulysses_size: int,
         pad_id: int,
+        multiple: int = 1,
         prefetch: int = 2,
         pin_memory: bool | None = None,
     ) -> None:
@@ -161,6 +166,7 @@ class BatchLoader:
             ulysses_rank: place in the group.
             ulysses_size: ranks of a group.
             pad_id: any id of the vocabulary.
+            multiple: tokens of a rank are padded to a multiple of this.
             prefetch: steps that are made ahead, at least 1.
             pin_memory: page-locked memory; None = where there is a GPU.
         """
@@ -170,6 +176,7 @@ class BatchLoader:
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._ulysses_rank, self._ulysses_size = ulysses_rank, ulysses_size
         self._pad_id = pad_id
+        self._multiple = multiple
         self._prefetch = max(1, prefetch)
         self._pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
 
@@ -211,7 +218,7 @@ class BatchLoader:
     def pack(self, rows: Sequence[int]) -> PackedBatch:
         """Rows as one micro-batch, this rank's stretch of it."""
         tokens = [self._cache.row(row) for row in rows]
-        packed = pack_rows(tokens, self._ulysses_size, self._ulysses_rank, self._pad_id)
+        packed = pack_rows(tokens, self._ulysses_size, self._ulysses_rank, self._pad_id, self._multiple)
         return packed.pin_memory() if self._pin_memory else packed
 
     def _produce(

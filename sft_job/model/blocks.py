@@ -6,7 +6,8 @@ are gathered once for its recomputation and its backward, and torch.compile sees
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -27,11 +28,11 @@ class Blocks:
         compiled: run them through torch.compile.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], backend: Backend, *, compiled: bool) -> None:
-        self._blocks = blocks
-        self._plain: list[BlockForward] = [type(block).forward for block in blocks]
+    def __init__(self, blocks: Iterable[nn.Module], backend: Backend, *, compiled: bool) -> None:
+        self._blocks = list(blocks)
+        self._plain: list[BlockForward] = [type(block).forward for block in self._blocks]
         self._ops = backend.saved
-        self._rng = any(draws_random_numbers(block) for block in blocks)
+        self._rng = any(draws_random_numbers(block) for block in self._blocks)
         self._compiled = compiled
         # Compilation sees through recomputation only where it sees all of the block.
         self._recompute_inside = compiled and backend.traced
@@ -47,6 +48,27 @@ class Blocks:
             if key not in self._forwards:
                 self._forwards[key] = self._make(plain, recompute)
             block.forward = partial(self._forwards[key], block)
+
+    @contextmanager
+    def watched(self, device: torch.device) -> Generator[list[int]]:
+        """Collects what each block's forward leaves in device memory, in bytes, block by block.
+
+        Measured inside FSDP's hooks, so without the weights that these gather.
+        """
+        kept: list[int] = []
+
+        def watching(forward: BlockForward, *args: Any, **kwargs: Any) -> Any:
+            before = torch.cuda.memory_allocated(device)
+            out = forward(*args, **kwargs)
+            kept.append(torch.cuda.memory_allocated(device) - before)
+            return out
+
+        for block in self._blocks:
+            block.forward = partial(watching, block.forward)
+        try:
+            yield kept
+        finally:
+            self.set_plan(self.plan)
 
     def _make(self, plain: BlockForward, recompute: Recompute) -> BlockForward:
         """One forward for all blocks of a class: a block is its first argument, so they share what is compiled."""

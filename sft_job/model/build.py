@@ -19,6 +19,7 @@ from sft_job.model.attention.choose import choose_backend
 from sft_job.model.attention.packed import PACKED, register_packed_attention
 from sft_job.model.blocks import Blocks, compiles, first_plan, maybe_compiled
 from sft_job.model.causal_lm import CausalLMLoss
+from sft_job.model.fp8 import check_fp8, convert_to_fp8, uses_fp8
 from sft_job.model.lora import add_adapters, base_name, draw_adapters, load_adapters, lora_config, uses_lora
 from sft_job.model.loss import row_losses
 from sft_job.model.precision import Precision
@@ -37,6 +38,7 @@ def build_model(
     *,
     load: bool,
     longest: int = 0,
+    accumulates: bool = True,
 ) -> tuple[CausalLMLoss, str]:
     """Build, shard and fill the model (a collective call).
 
@@ -49,6 +51,7 @@ def build_model(
         load: fill the trained weights; False leaves them undefined, for a checkpoint to fill. A frozen base is always
             filled.
         longest: tokens of the longest row, by which an attention backend may be chosen.
+        accumulates: a step may have several micro-batches.
 
     Returns:
         The module whose forward is the loss sum, in training mode, and a line for the log on the attention backend.
@@ -64,6 +67,9 @@ def build_model(
     lm = empty_model(hf_config, config, precision.storage)
     if adapters is not None:
         add_adapters(lm, adapters, torch.promote_types(precision.storage, torch.float32))
+    check_fp8(config.fp8, device, precision.compute)
+    if uses_fp8(config.fp8):
+        convert_to_fp8(decoder_blocks(lm), config.fp8)
     compiled = compiles(config, device)
     blocks = Blocks(decoder_blocks(lm), backend, compiled=compiled)
     blocks.set_plan(first_plan(config, len(decoder_blocks(lm))))
@@ -78,6 +84,8 @@ def build_model(
         precision.reduce,
         reshard=fsdp.reshard_after_forward,
         offload=fsdp.cpu_offload or fsdp.offload_params,
+        accumulates=accumulates,
+        whole_frozen=adapters is not None and _fits_whole(lm, fsdp.shard_frozen, device, precision.compute),
     )
     shard_model(module, sharding, device, seed if draw_base else None)
     if fill_base and not draw_base:
@@ -89,6 +97,16 @@ def build_model(
         else:
             draw_adapters(lm, seed)
     return module.train(), why
+
+
+def _fits_whole(lm: PreTrainedModel, shard_frozen: str | bool, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether every rank can hold the frozen weights whole: where that is not said, in a third of a GPU's memory."""
+    if shard_frozen != "auto":
+        return not shard_frozen
+    if device.type != "cuda":
+        return False
+    frozen = sum(parameter.numel() for parameter in lm.parameters() if not parameter.requires_grad)
+    return frozen * dtype.itemsize < torch.cuda.get_device_properties(device).total_memory / 3
 
 
 def attention_needs(config: PretrainedConfig, device: torch.device, dtype: torch.dtype, longest: int = 0) -> Needs:
@@ -150,4 +168,4 @@ def shard_model(module: CausalLMLoss, sharding: Sharding, device: torch.device, 
         owner, _, leaf = name.rpartition(".")
         parent = module.get_submodule(owner)
         parent.register_buffer(leaf, buffer.to(device), persistent=leaf not in parent._non_persistent_buffers_set)
-    sum_gradients(module.modules())
+    sum_gradients(module.modules(), sharding)

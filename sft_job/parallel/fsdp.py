@@ -21,6 +21,8 @@ class Sharding:
         reduce_dtype: dtype in which gradients are summed over the ranks.
         reshard: free gathered weights after the forward; None = torch's choice (not for the root).
         offload: shards, gradients and optimizer states live in host memory.
+        accumulates: a step may have several micro-batches, whose gradients are added up in ``reduce_dtype``.
+        whole_frozen: every rank holds frozen weights whole, so that nothing is gathered for them.
     """
 
     mesh: DeviceMesh
@@ -28,10 +30,23 @@ class Sharding:
     reduce_dtype: torch.dtype
     reshard: bool | None = True
     offload: bool = False
+    accumulates: bool = True
+    whole_frozen: bool = False
 
     def as_root(self) -> Sharding:
         """The same for the root module."""
         return replace(self, reshard=None)
+
+    def leaves_whole(self, parameter: nn.Parameter) -> bool:
+        """Whether FSDP would only cost something: it copies weights and gradients, also where there is one rank.
+
+        One rank needs it to compute in another dtype than it stores, and to add gradients up in a wider one.
+        """
+        if self.offload or parameter.dtype != self.param_dtype:
+            return False
+        if not parameter.requires_grad:
+            return self.whole_frozen or self.mesh.size() == 1
+        return self.mesh.size() == 1 and not self.accumulates
 
 
 def shard_module(module: nn.Module, sharding: Sharding) -> None:
@@ -47,12 +62,19 @@ def shard_module(module: nn.Module, sharding: Sharding) -> None:
     # Pinned memory exists only where there is an accelerator.
     offload = CPUOffloadPolicy(pin_memory=sharding.mesh.device_type == "cuda") if sharding.offload else OffloadPolicy()
     fully_shard(
-        module, mesh=sharding.mesh, mp_policy=policy, reshard_after_forward=sharding.reshard, offload_policy=offload
+        module,
+        mesh=sharding.mesh,
+        mp_policy=policy,
+        reshard_after_forward=sharding.reshard,
+        offload_policy=offload,
+        ignored_params={parameter for parameter in module.parameters() if sharding.leaves_whole(parameter)},
     )
 
 
-def sum_gradients(modules: Iterable[nn.Module]) -> None:
+def sum_gradients(modules: Iterable[nn.Module], sharding: Sharding) -> None:
     """Let every FSDP group sum gradients over the ranks: the loss is divided by the global token count already."""
+    if sharding.mesh.size() == 1:
+        return  # nothing is averaged there, and a factor of 1 would cost a pass over all gradients
     for module in modules:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -60,10 +82,17 @@ def sum_gradients(modules: Iterable[nn.Module]) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
-def set_gradient_sync(root: nn.Module, sync: bool) -> None:
-    """Reduce gradients in the coming backward (the step's last one), or only accumulate them on this rank."""
+def set_gradient_sync(root: nn.Module, *, sync: bool, reshard: bool) -> None:
+    """Say how the coming micro-batch ends.
+
+    Args:
+        root: the root module.
+        sync: reduce gradients in its backward (the step's last one), or only accumulate them on this rank.
+        reshard: free gathered weights after its backward, or keep them for the next micro-batch.
+    """
     assert isinstance(root, FSDPModule)
     root.set_requires_gradient_sync(sync)
+    root.set_reshard_after_backward(reshard)
 
 
 def tied_once(module: nn.Module, preferred: set[str]) -> dict[str, torch.Tensor]:

@@ -28,7 +28,8 @@ def all_to_all(x: Tensor, group_name: str) -> Tensor:
     # the gradients are silently wrong.
     x = x.contiguous()
     out = torch.empty_like(x)
-    dist.all_to_all_single(out, x, group=_resolve_process_group(group_name))
+    name: Any = group_name  # torch has a type of its own for it, from 2.12 on
+    dist.all_to_all_single(out, x, group=_resolve_process_group(name))
     return out
 
 

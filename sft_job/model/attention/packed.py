@@ -70,10 +70,8 @@ def _attend(packed: Packed, query: Tensor, key: Tensor, value: Tensor, call: Att
     return packed.backend.attend(query, key, value, call)
 
 
-@torch.compiler.disable
-def _untraced(packed: Packed, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
-    """As it stands, between two compiled graphs: traced, every new set of document lengths would compile anew."""
-    return packed.backend.attend(query, key, value, call)
+# As it stands, between two compiled graphs: traced, every new set of document lengths would compile anew.
+_untraced: Any = torch.compiler.disable(_attend)
 
 
 def register_packed_attention() -> None:
