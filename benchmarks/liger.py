@@ -28,7 +28,7 @@ from sft_job.config.schema import FsdpConfig, ModelConfig
 from sft_job.data.batches import PackedBatch, pack_rows
 from sft_job.data.cache import TokenRow
 from sft_job.model.build import build_model
-from sft_job.model.loss import LogitRule, chunked_cross_entropy
+from sft_job.model.loss import LogitRule, chunked_cross_entropy, row_losses
 from sft_job.model.precision import precision_of
 from sft_job.parallel.mesh import build_mesh
 
@@ -78,9 +78,12 @@ def measured(step: Callable[[], Any], repeats: int) -> dict[str, float]:
 def blocks_step(folder: Path, batch: PackedBatch, liger: bool) -> Callable[[], float]:
     """A whole training step of the job's own module."""
     device = torch.device("cuda", 0)
-    config = ModelConfig(partial_pretrain=str(folder), init="random", fsdp_config=FsdpConfig(model_dtype="bf16"))
+    bf16 = FsdpConfig(model_dtype="bf16")
+    # Compiled, Liger's own kernels would only be in the compiler's way.
+    config = ModelConfig(partial_pretrain=str(folder), init="random", compile=not liger, fsdp_config=bf16)
     mesh = build_mesh("cuda", 1, -1)
-    module, _ = build_model(config, mesh, device, precision_of(config.fsdp_config, "cuda"), 1, load=True)
+    precision = precision_of(config.fsdp_config, "cuda")
+    module, _ = build_model(config, mesh, device, precision, 1, load=True, accumulates=False)
     if liger:
         from liger_kernel.transformers import apply_liger_kernel_to_qwen2  # noqa: PLC0415  an optional package
 
@@ -94,9 +97,17 @@ def blocks_step(folder: Path, batch: PackedBatch, liger: bool) -> Callable[[], f
         )
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5, fused=True)
     on_device = batch.to(device)
+    fused = liger_loss() if liger else None
+
+    def loss_of() -> torch.Tensor:
+        if fused is None:
+            return module(on_device, batch.num_tokens)
+        rows, targets = on_device.target_rows, on_device.targets[0]
+        head = module.lm.get_output_embeddings().weight
+        return fused(head, module.hidden(on_device)[0][rows], targets[rows]) / batch.num_tokens
 
     def step() -> float:
-        loss = module(on_device) / batch.num_tokens
+        loss = loss_of()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -105,21 +116,29 @@ def blocks_step(folder: Path, batch: PackedBatch, liger: bool) -> Callable[[], f
     return step
 
 
-def loss_steps(rows: int) -> dict[str, Callable[[], Any]]:
-    """The two losses, forward and backward over hidden states."""
+def liger_loss() -> Any:
+    """Liger's fused head and cross-entropy."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # noqa: PLC0415  an optional package
 
+    return LigerFusedLinearCrossEntropyLoss(reduction="sum")
+
+
+def loss_steps(rows: int) -> dict[str, Callable[[], Any]]:
+    """The two losses, forward and backward over hidden states."""
     bf16: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": True}
     hidden, head = torch.randn(rows, HIDDEN, **bf16), torch.randn(VOCABULARY, HIDDEN, **bf16)
     targets = torch.randint(0, VOCABULARY, (rows,), device="cuda")
-    fused: Any = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+    fused, compiled = liger_loss(), torch.compile(row_losses)
+
+    def own() -> torch.Tensor:
+        return chunked_cross_entropy(hidden, head, None, targets, LogitRule(), each=compiled)
 
     def run(loss: Callable[[], Any]) -> None:
         hidden.grad = head.grad = None
         loss().backward()
 
     return {
-        "loss alone, chunks": lambda: run(lambda: chunked_cross_entropy(hidden, head, None, targets, LogitRule())),
+        "loss alone, chunks": lambda: run(own),
         "loss alone, Liger": lambda: run(lambda: fused(head, hidden, targets)),
     }
 

@@ -66,8 +66,8 @@ def remedies(config: JobConfig, longest: int, world: int) -> list[str]:
     """
     data, model, ulysses = config.data, config.model, config.ulysses_sequence_parallel_size
     lines: list[str] = []
-    if not model.enable_gradient_checkpointing:
-        lines.append("model.enable_gradient_checkpointing=true recomputes blocks instead of keeping activations")
+    if model.recompute != "full":
+        lines.append("model.recompute=full recomputes every block instead of keeping activations")
     if data.use_dynamic_bsz and data.max_token_len_per_gpu * ulysses > longest:
         lines.append(
             f"data.max_token_len_per_gpu below {data.max_token_len_per_gpu:,} makes micro-batches smaller (down to one "
