@@ -29,6 +29,9 @@ def matmul_ceiling(device: torch.device) -> dict[str, Any]:
     left, right = (torch.randn(size, size, device=device, generator=generator).bfloat16() for _ in range(2))
     out = torch.empty_like(left)
     seconds = _timed_on_gpu(left, right, out) if device.type == "cuda" else _timed_on_host(left, right, out)
+    del left, right, out
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     rates = sorted(2 * size**3 / each / 1e12 for each in seconds)
     return {
         "tflops": statistics.median(rates),

@@ -1,4 +1,4 @@
-"""One rank of the job in a benchmark: ``python -m benchmarks.ours_side SPEC.json``, under torchrun.
+"""One rank of the job in a benchmark: ``python -m benchmarks.ours_side SPEC.json``; several under torchrun.
 
 The job is put together by its own ``build_job`` and trained by its own loop; what is changed is the loader, which
 marks the ends of steps and ends the run before its last step, so that no checkpoint is written.
@@ -122,7 +122,7 @@ def main() -> int:
     began = time.perf_counter()
     spec = RunSpec.read(Path(sys.argv[1]))
     out = Path(spec.out)
-    rank = int(os.environ["RANK"])
+    rank = int(os.environ.get("RANK", "0"))
     config = job_config(spec, out / f"settings_{rank}.yaml")
     runtime = start_runtime(config.trainer.timeout_seconds)
     outcome = Outcome(out / f"rank_{rank}.json")
@@ -138,7 +138,7 @@ def main() -> int:
     except EnoughStepsError:
         pass
     finally:
-        outcome.add(memory=clock.memory(), step_seconds=clock.seconds())
+        outcome.add(memory=clock.memory(), step_seconds=clock.seconds(), seconds_to_first_step=clock.began - began)
         job.close()
     shape = FlopsShape.from_config(job.module.lm.config)
     lengths = spec.tokens.lengths(spec.all_steps)

@@ -11,8 +11,6 @@ from typing import Any
 from benchmarks.rows import Row, Side
 from benchmarks.tokens import Tokens
 
-REFERENCE_STEPS = 20
-
 
 @dataclass(frozen=True)
 class Run:
@@ -96,7 +94,7 @@ def runs_of(sitting: Sequence[Row], steps: int, warmup: int, *, partners: bool, 
         for row in sitting:
             side = row.reference()
             if all(run.side != side for run in runs):
-                runs.append(Run(row.name, "R", side, min(REFERENCE_STEPS, steps + warmup), 0))
+                runs.append(Run(row.name, "R", side, min(row.reference_steps, steps + warmup), 0))
     return runs
 
 

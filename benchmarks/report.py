@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from benchmarks.rows import Row
 
 Figures = dict[str, Any]
+_WASTE = ("padding", "token_imbalance")
 
 
 def figures(run: Mapping[str, Any]) -> Figures:
@@ -24,8 +26,16 @@ def figures(run: Mapping[str, Any]) -> Figures:
     seconds = [max(each) for each in zip(*by_rank, strict=False)]
     found: Figures = {"first_step_seconds": seconds[0] if seconds else None, "all_step_seconds": seconds}
     first = ranks[0] if ranks else {}
-    for name in ("losses", "grad_norms", "seconds_to_build", "seconds_all", "versions", "config"):
-        found[name] = first.get(name)
+    for name in (
+        "losses",
+        "grad_norms",
+        "seconds_to_build",
+        "seconds_to_first_step",
+        "seconds_all",
+        "versions",
+        "config",
+    ):
+        found[name] = first.get(name) or run.get(name)
     found["memory"] = _largest([rank.get("memory") or {} for rank in ranks])
     ceilings = [rank[name]["tflops"] for rank in ranks for name in ("ceiling_before", "ceiling_after") if name in rank]
     found["ceilings_tflops"] = ceilings
@@ -97,6 +107,7 @@ def verdict(row: Row, runs: Sequence[Mapping[str, Any]], ceiling: float | None) 
         return found
     mean = statistics.mean(own)
     found["a_to_a"] = (max(own) - min(own)) / mean
+    found |= {name: value for run in parts["A"] for name, value in run["figures"].items() if name in _WASTE}
     tflops = [rate for run in (*parts["A"], *parts["A'"]) if (rate := _median(run, "model_tflops_per_gpu"))]
     if tflops:
         found["ours_model_tflops_per_gpu"] = statistics.mean(tflops)
@@ -107,6 +118,9 @@ def verdict(row: Row, runs: Sequence[Mapping[str, Any]], ceiling: float | None) 
         found["partner"] = best["side"]["name"]
         found["ratio_tokens"] = mean / (_median(best, "tokens_per_second_per_gpu") or 1.0)
         found["ratio_tflops"] = found["ours_model_tflops_per_gpu"] / (_median(best, "model_tflops_per_gpu") or 1.0)
+        # Whoever trains on the same rows from the same weights must have the same losses (with adapters only alike).
+        losses = [run["figures"].get("losses") or [] for run in (parts["A"] or parts["A'"])[:1] + [best]]
+        found["losses_to_partner"] = gate(losses[0], losses[1], row.gate)
     if parts["R"] and parts["A"]:
         reference = parts["R"][0]["figures"]
         subject = parts["A"][0]["figures"]
@@ -119,14 +133,10 @@ def verdict(row: Row, runs: Sequence[Mapping[str, Any]], ceiling: float | None) 
 
 def _is(run: Mapping[str, Any], row: Row, part: str) -> bool:
     """Whether a run is that part of a row: partners and references may have run for a neighbour."""
-    wanted = {
-        "A": [row.subject.name],
-        "A'": [row.subject.name],
-        "B": [side.name for side in row.partners],
-        "R": [row.reference().name],
-    }
+    wanted = {"A": [row.subject], "A'": [row.subject], "B": row.partners, "R": [row.reference()]}[part]
     own = run["row"] == row.name or part in ("B", "R")
-    return own and run["part"] == part and run["side"]["name"] in wanted[part] and run["shape"] == row.shape
+    same = run["part"] == part and run["shape"] == row.shape and run["side"] in [asdict(side) for side in wanted]
+    return own and same
 
 
 def _median(run: Mapping[str, Any], name: str) -> float | None:
@@ -143,12 +153,13 @@ def markdown(record: Mapping[str, Any]) -> str:
         + (f"{ceiling:.0f} TFLOP/s" if ceiling else "not known"),
         "",
         "| row | part | side | steps | s/step (p10 to p90) | tok/s per GPU | model TFLOP/s | of ceiling "
-        "| peak GiB (reserved) | first step s | build s | state |",
+        "| peak GiB (reserved) | built, first step begun s | first step s | state |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
         *(_line(run, ceiling) for run in record["runs"]),
         "",
-        "| row | ours | fastest partner | tok/s ratio | A to A' | of ceiling | losses as the reference's | wanted |",
-        "|---|---|---|---|---|---|---|---|",
+        "| row | ours tok/s | fastest partner | tok/s ratio | TFLOP/s ratio | A to A' | of ceiling | padding, imbalance "
+        "| losses as the reference's | wanted |",
+        "|---|---|---|---|---|---|---|---|---|---|",
         *(_verdict_line(each) for each in record["verdicts"]),
     ]
     return "\n".join(lines) + "\n"
@@ -168,8 +179,8 @@ def _line(run: Mapping[str, Any], ceiling: float | None) -> str:
         _shown(tflops, ".1f"),
         _shown(tflops / ceiling if tflops and ceiling else None, ".3f"),
         f"{memory['allocated_gib']:.1f} ({memory['reserved_gib']:.1f})" if "allocated_gib" in memory else "-",
+        f"{_shown(found.get('seconds_to_build'), '.1f')}, {_shown(found.get('seconds_to_first_step'), '.1f')}",
         _shown(found.get("first_step_seconds"), ".1f"),
-        _shown(found.get("seconds_to_build"), ".1f"),
         run["state"],
     ]
     return f"| {' | '.join(cells)} |"
@@ -183,8 +194,10 @@ def _verdict_line(found: Mapping[str, Any]) -> str:
         _shown(statistics.mean(own) if own else None, ",.0f"),
         found.get("partner", "-"),
         _shown(found.get("ratio_tokens"), ".3f"),
+        _shown(found.get("ratio_tflops"), ".3f"),
         _shown(found.get("a_to_a"), ".2%"),
         _shown(found.get("of_ceiling"), ".3f"),
+        f"{_shown(found.get('padding'), '.1%')}, {_shown(found.get('token_imbalance'), '.1%')}",
         "not compared" if passed is None else f"{'yes' if passed else 'NO'} ({first:.1e})",
         found["goals"],
     ]

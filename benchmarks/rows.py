@@ -54,6 +54,7 @@ class Row:
         settings: SFT settings of every run of the job in this row, the reference's too.
         steps: most steps that are measured, where a step is so long that a call has no time for more.
         warmup: the same for steps before them.
+        reference_steps: steps of the reference.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Row:
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
     steps: int | None = None
     warmup: int | None = None
+    reference_steps: int = 20
 
     def tiny(self) -> Row:
         """The same at sizes for a CPU."""
@@ -124,6 +126,7 @@ ROWS: tuple[Row, ...] = (
         Side("ours", "ours", Tokens(1, 32768), settings={"data.micro_batch_size_per_gpu": 1}),
         (_trl("recomputation", Tokens(1, 32768), {**CHECKPOINTED, "per_device_train_batch_size": 1}),),
         "0.78 of the ceiling; 1.35x TRL",
+        reference_steps=10,
     ),
     Row(
         "qwen4b_mixed",
@@ -145,6 +148,7 @@ ROWS: tuple[Row, ...] = (
         "1.5x TRL's packing; padding and imbalance under 3 %",
         steps=6,
         warmup=2,
+        reference_steps=2,
     ),
     Row(
         "qwen7b_lora_2x8192",

@@ -50,6 +50,11 @@ class StepClock:
             torch.cuda.reset_peak_memory_stats(self._device)
 
     @property
+    def began(self) -> float:
+        """When the first step began, by ``time.perf_counter``; infinity where none did."""
+        return self._times[0] if self._times else float("inf")
+
+    @property
     def steps(self) -> int:
         """Steps that have ended."""
         return len(self._times) - 1

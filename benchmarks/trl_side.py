@@ -1,4 +1,4 @@
-"""One rank of the peer in a benchmark: ``python -m benchmarks.trl_side SPEC.json``, under torchrun, where TRL is.
+"""One rank of the peer in a benchmark: ``python -m benchmarks.trl_side SPEC.json``, where TRL is.
 
 TRL's own ``SFTTrainer`` with its own options, on the rows that the job trains on, in the same order, from the same
 weights (drawn as the job draws them; with adapters only the distribution is the same). Settings of a side are
@@ -122,7 +122,7 @@ def main() -> int:
     from trl import SFTConfig, SFTTrainer  # noqa: PLC0415  # pyright: ignore
 
     spec = RunSpec.read(Path(sys.argv[1]))
-    rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    rank, local = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local) if spec.on_gpu else torch.device("cpu")
     if spec.on_gpu:
         torch.cuda.set_device(device)
@@ -170,11 +170,15 @@ def main() -> int:
         peft_config=_adapters(spec.settings),
         callbacks=[Marks()],
     )
+    if config.packing:
+        # Packing puts the longest rows first; TRL would draw packs at random.
+        trainer.train_dataset = trainer.train_dataset.shuffle(SEED)
     outcome.add(seconds_to_build=time.perf_counter() - began)
     try:
         trainer.train()
     finally:
-        outcome.add(memory=clock.memory(), step_seconds=clock.seconds(), losses=losses, grad_norms=norms)
+        outcome.add(memory=clock.memory(), step_seconds=clock.seconds(), seconds_to_first_step=clock.began - began)
+        outcome.add(losses=losses, grad_norms=norms)
     packed = trainer.train_dataset
     rows = (
         packed["seq_lengths"] if "seq_lengths" in packed.column_names else [[len(ids)] for ids in packed["input_ids"]]
