@@ -88,7 +88,7 @@ def job_settings(spec: RunSpec) -> dict[str, Any]:
         "trainer.default_local_dir": str(Path(spec.out) / "run"),
         "trainer.total_training_steps": spec.all_steps + 1,
         "trainer.total_epochs": 1,
-        "trainer.logger": [],
+        "trainer.logger": ["console"],
         "trainer.seed": SEED,
         "trainer.async_save": False,
         "trainer.recovery_minutes": 0,

@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers import AutoConfig
 
 from benchmarks.gpu_watch import under_load, watching
@@ -41,6 +42,7 @@ _WORTH_STARTING = 30.0
 """A run that has less time than this is not begun."""
 _QUOTED = 1500
 _LOGGED = 200_000
+_SAID = 40
 
 
 @dataclass
@@ -141,6 +143,8 @@ def _one_run(bench: Bench, run: Run, model: Path, token_file: Path) -> dict[str,
         "gpu": under_load(out / "gpu.csv"),
         "step_seconds": host_seconds(out / "steps.jsonl"),
     }
+    if run.side.program == "ours":
+        found["said"] = [line for line in text.splitlines() if not line.startswith("step ")][:_SAID]
     if code != 0:
         found["error"] = text[-_QUOTED:]
         found["losses"], found["grad_norms"] = _logged(out / "run" / "logs" / "metrics.jsonl")
@@ -252,7 +256,7 @@ def _chosen(arguments: argparse.Namespace) -> list[Row]:
     extra: dict[str, Any] = {}
     for each in arguments.ours:
         name, _, value = each.partition("=")
-        extra[name] = json.loads(value) if value[:1] in '0123456789-tfn["{' else value
+        extra[name] = yaml.safe_load(value)
     words = [word for word in (arguments.peers or "").split(",") if word]
 
     def changed(row: Row) -> Row:

@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -155,7 +155,7 @@ def main() -> int:
         """Rows as they stand in the data set."""
 
         def _get_train_sampler(self, *more: Any, **others: Any) -> Any:
-            return torch.utils.data.SequentialSampler(self.train_dataset)
+            return torch.utils.data.SequentialSampler(cast("Any", self.train_dataset))
 
     config = SFTConfig(**arguments)
     ring = spec.settings.get("ring", 1)
@@ -170,16 +170,16 @@ def main() -> int:
         peft_config=_adapters(spec.settings),
         callbacks=[Marks()],
     )
+    packed: Any = trainer.train_dataset
     if config.packing:
         # Packing puts the longest rows first; TRL would draw packs at random.
-        trainer.train_dataset = trainer.train_dataset.shuffle(SEED)
+        packed = trainer.train_dataset = packed.shuffle(SEED)
     outcome.add(seconds_to_build=time.perf_counter() - began)
     try:
         trainer.train()
     finally:
         outcome.add(memory=clock.memory(), step_seconds=clock.seconds(), seconds_to_first_step=clock.began - began)
         outcome.add(losses=losses, grad_norms=norms)
-    packed = trainer.train_dataset
     rows = (
         packed["seq_lengths"] if "seq_lengths" in packed.column_names else [[len(ids)] for ids in packed["input_ids"]]
     )
