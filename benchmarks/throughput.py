@@ -137,7 +137,7 @@ def _one_run(bench: Bench, run: Run, model: Path, token_file: Path) -> dict[str,
         if (path := out / f"rank_{rank}.json").is_file()
     ]
     found: dict[str, Any] = {
-        "state": _state(code, text),
+        "state": state_of(code, text),
         "wall_seconds": time.monotonic() - began,
         "ranks": ranks,
         "gpu": under_load(out / "gpu.csv"),
@@ -158,7 +158,8 @@ def _one_run(bench: Bench, run: Run, model: Path, token_file: Path) -> dict[str,
     return found
 
 
-def _state(code: int | None, text: str) -> str:
+def state_of(code: int | None, text: str) -> str:
+    """How a run ended, by its exit code (None = the time was over) and its output."""
     if code == 0:
         return "done"
     if code is None:
@@ -257,13 +258,13 @@ def _chosen(arguments: argparse.Namespace) -> list[Row]:
     for each in arguments.ours:
         name, _, value = each.partition("=")
         extra[name] = yaml.safe_load(value)
-    words = [word for word in (arguments.peers or "").split(",") if word]
+    peers = {f"TRL, {name}" for name in arguments.peers.split(";")} if arguments.peers else None
 
     def changed(row: Row) -> Row:
         partners = tuple(
             replace(side, settings={**side.settings, **extra}) if side.program == "ours" else side
             for side in row.partners
-            if side.program == "ours" or not words or any(side.name.endswith(word) for word in words)
+            if side.program == "ours" or peers is None or side.name in peers
         )
         return replace(
             row,
@@ -287,7 +288,7 @@ def parser() -> argparse.ArgumentParser:
     asked.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     asked.add_argument("--no-partners", action="store_true", help="the job alone, once")
     asked.add_argument("--no-reference", action="store_true", help="without the losses' reference")
-    asked.add_argument("--peers", help="ends of the names of TRL's variants to run; all by default")
+    asked.add_argument("--peers", metavar="NAME[;NAME]", help="TRL's variants to run, such as recomputation; all")
     asked.add_argument("--ours", action="append", default=[], metavar="KEY=VALUE", help="a setting of the job")
     return asked
 
