@@ -84,7 +84,7 @@ class Row:
         return replace(self.subject, name="ours, SDPA, not compiled", settings=settings)
 
 
-REFERENCE: Mapping[str, Any] = {"model.compile": False, "model.attention": "sdpa", "model.fp8": None}
+REFERENCE: Mapping[str, Any] = {"model.compile": False, "model.attention": "sdpa", "model.fp8": "none"}
 """Settings of the path that losses are compared with. A job that has no such setting has no other path."""
 
 

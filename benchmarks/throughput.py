@@ -7,6 +7,8 @@ processes of its own. What is known is written after every run, so a time limit 
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import json
 import os
 import platform
@@ -34,6 +36,7 @@ from benchmarks.shapes import SHAPES, write_model_folder
 from benchmarks.stamps import host_seconds
 from benchmarks.tokens import write_tokens
 from sft_job.config.keys import KEYS
+from sft_job.contract import RunFolder
 from sft_job.metrics.flops import FlopsShape, model_flops
 
 _LAST_SECONDS = 15.0
@@ -128,7 +131,7 @@ def _one_run(bench: Bench, run: Run, model: Path, token_file: Path) -> dict[str,
     began = time.monotonic()
     log = out / "log"
     with watching(out / "gpu.csv"):
-        code = _processes(run, out / "spec.json", log, bench.time_left(), bench.on_gpu)
+        code = _processes(run, out / "spec.json", log, bench.time_left(), bench.on_gpu, bench.work)
     text = log.read_text(encoding="utf-8", errors="replace")
     _keep_log(bench.out / "throughput.log", f"{run.row} {run.part} {run.side.name}", text)
     ranks = [
@@ -184,7 +187,15 @@ def _logged(metrics: Path) -> tuple[list[float], list[float]]:
     return [each["train/loss"] for each in records], [each["train/grad_norm"] for each in records]
 
 
-def _processes(run: Run, spec: Path, log: Path, seconds: float, on_gpu: bool) -> int | None:
+def _tuning(environ: Mapping[str, str], kernels: Path, threads: int) -> dict[str, str]:
+    """Variables that the job's supervisor gives its ranks; the peer gets them too."""
+    if importlib.util.find_spec("sft_job.tuning") is None:
+        return {}
+    tuning: Any = importlib.import_module("sft_job.tuning")
+    return tuning.tuned(environ, RunFolder(kernels), threads)
+
+
+def _processes(run: Run, spec: Path, log: Path, seconds: float, on_gpu: bool, kernels: Path) -> int | None:
     """Run the side's program on its ranks; the exit code, None where the time was over."""
     module = {"ours": "benchmarks.ours_side", "trl": "benchmarks.trl_side"}[run.side.program]
     command = [sys.executable, "-m"]
@@ -192,8 +203,10 @@ def _processes(run: Run, spec: Path, log: Path, seconds: float, on_gpu: bool) ->
         # Not for one rank: under a launcher TRL's accelerate would wrap a lone model in DDP.
         command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={run.side.ranks}", "-m"]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    threads = max(1, len(os.sched_getaffinity(0)) // run.side.ranks)
     environ = {**os.environ, **offline, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-    environ.setdefault("OMP_NUM_THREADS", "8" if on_gpu else "1")
+    environ.setdefault("OMP_NUM_THREADS", str(threads))
+    environ |= _tuning(environ, kernels, threads)
     if not on_gpu:
         environ["CUDA_VISIBLE_DEVICES"] = ""
     if run.side.ranks == 1 and on_gpu:
