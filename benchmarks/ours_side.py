@@ -157,6 +157,7 @@ def main() -> int:
         outcome.add(
             losses=[record["train/loss"] for record in records],
             grad_norms=[record["train/grad_norm"] for record in records],
+            data_wait_seconds=[record["perf/data_wait_seconds"] for record in records],
         )
     outcome.add(ceiling_after=matmul_ceiling(runtime.device))
     say(f"rank {rank}: {clock.steps} steps")
