@@ -3,7 +3,7 @@ KILLS ?= 12
 SEED ?= 1
 N ?= 10000
 
-.PHONY: help setup demo test test-slow chaos chaos-files fuzz mutations test-gpu bench-data format lint types build clean
+.PHONY: help setup demo test test-slow chaos chaos-files fuzz mutations test-gpu bench bench-data format lint types build clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -40,6 +40,9 @@ mutations: $(VENV)/.ready ## Put known bugs back, one at a time, and show which 
 
 test-gpu: ## Run the GPU tests with the python that is active
 	python3 -m pytest -m gpu tests/gpu
+
+bench: ## Measure training beside TRL on this machine's GPU (ROWS=name,...) with the python that is active
+	python3 -m benchmarks.throughput $(if $(ROWS),--rows $(ROWS))
 
 bench-data: $(VENV)/.ready ## Measure tokenising and loading on a million rows
 	$(BIN)/python benchmarks/data_pipeline.py

@@ -1,0 +1,1 @@
+"""Scripts that measure the job; README.md says what each one does."""
