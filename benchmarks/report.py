@@ -29,6 +29,7 @@ def figures(run: Mapping[str, Any]) -> Figures:
     for name in (
         "losses",
         "grad_norms",
+        "data_wait_seconds",
         "seconds_to_build",
         "seconds_to_first_step",
         "seconds_all",

@@ -107,6 +107,16 @@ def test_runs_of_another_row_do_not_count() -> None:
     assert "partner" not in found
 
 
+def test_partners_of_another_model_do_not_count() -> None:
+    row = rows_named(["qwen7b_full_2x8192"])[0]
+    runs = done(row, {})
+    for run in runs:
+        run["shape"] = "tiny" if run["part"] in ("B", "R") else run["shape"]
+    found = verdict(row, runs, None)
+    assert "partner" not in found
+    assert "gate" not in found
+
+
 def test_the_table_has_a_line_for_every_run_also_for_those_that_failed() -> None:
     row = rows_named(["qwen7b_full_2x8192"])[0]
     runs = done(row, {})
