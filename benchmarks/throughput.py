@@ -7,8 +7,6 @@ processes of its own. What is known is written after every run, so a time limit 
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import json
 import os
 import platform
@@ -38,6 +36,7 @@ from benchmarks.tokens import write_tokens
 from sft_job.config.keys import KEYS
 from sft_job.contract import RunFolder
 from sft_job.metrics.flops import FlopsShape, model_flops
+from sft_job.tuning import tuned
 
 _LAST_SECONDS = 15.0
 """Kept for ending a run and writing down what it left."""
@@ -187,14 +186,6 @@ def _logged(metrics: Path) -> tuple[list[float], list[float]]:
     return [each["train/loss"] for each in records], [each["train/grad_norm"] for each in records]
 
 
-def _tuning(environ: Mapping[str, str], kernels: Path, threads: int) -> dict[str, str]:
-    """Variables that the job's supervisor gives its ranks; the peer gets them too."""
-    if importlib.util.find_spec("sft_job.tuning") is None:
-        return {}
-    tuning: Any = importlib.import_module("sft_job.tuning")
-    return tuning.tuned(environ, RunFolder(kernels), threads)
-
-
 def _processes(run: Run, spec: Path, log: Path, seconds: float, on_gpu: bool, kernels: Path) -> int | None:
     """Run the side's program on its ranks; the exit code, None where the time was over."""
     module = {"ours": "benchmarks.ours_side", "trl": "benchmarks.trl_side"}[run.side.program]
@@ -206,7 +197,7 @@ def _processes(run: Run, spec: Path, log: Path, seconds: float, on_gpu: bool, ke
     threads = max(1, len(os.sched_getaffinity(0)) // run.side.ranks)
     environ = {**os.environ, **offline, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     environ.setdefault("OMP_NUM_THREADS", str(threads))
-    environ |= _tuning(environ, kernels, threads)
+    environ |= tuned(environ, RunFolder(kernels), threads)  # as the job's supervisor has it; the peer gets it too
     if not on_gpu:
         environ["CUDA_VISIBLE_DEVICES"] = ""
     if run.side.ranks == 1 and on_gpu:

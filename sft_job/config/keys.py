@@ -140,8 +140,8 @@ _DOES: Mapping[str, str] = {
 _IGNORED: Mapping[str, str] = {
     "data.balance_dp_token": "rows are always balanced over the ranks and the loss always counts every token once",
     "model.fsdp_config.wrap_policy.min_num_params": "the FSDP groups are always the decoder blocks",
-    "model.use_liger": "the loss is always computed in chunks, without Liger; on an H200, 4 blocks of a 7B with their "
-    "loss took 479 ms, and 442 ms with Liger's kernels (benchmarks/results): faster blocks are a later version's work",
+    "model.use_liger": "compiled blocks and the job's own loss are faster: on an H200, 16,384 tokens, 82 ms against "
+    "Liger's 88 for the loss alone, 318 against 327 for 4 blocks of a 7B with it (benchmarks/results)",
     "model.strategy": "fsdp and fsdp2 both mean FSDP2",
     "trainer.nnodes": "the launcher decides (NNODES); a difference is a warning",
     "trainer.n_gpus_per_node": "the launcher decides (NPROC_PER_NODE); a difference is a warning",
