@@ -108,6 +108,25 @@ def preview(
 
 
 @app.command()
+def status(
+    run: Annotated[
+        str | None,
+        typer.Argument(
+            help="A run folder, its CHECKPOINT_DIR, or the id of a submitted job; default: $CHECKPOINT_DIR.",
+            metavar="[RUN|JOBID]",
+            show_default=False,
+        ),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every byte of the newest checkpoint.")] = False,
+) -> None:
+    """Show how a run stands: state, step, loss, checkpoint, restarts with their causes, where the logs are."""
+    from sft_job.status.command import run_status  # noqa: PLC0415  a command loads only what it needs
+
+    raise typer.Exit(run_status(run, os.environ, as_json=json, verify=verify))
+
+
+@app.command()
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder (global_step_N) or a run folder.")],
     output: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],

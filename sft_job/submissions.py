@@ -155,27 +155,23 @@ def note_requeue(run: RunFolder, launcher: str, job: str) -> None:
     """
     _refuse_odd(launcher, job)
     with contextlib.suppress(OSError):
-        note = {"outcome": _digest(run), **asdict(Requeue(launcher, job, _now()))}
-        _replace(_requeue_file(run), note)
+        note = {"outcome": outcome_digest(run), **asdict(Requeue(launcher, job, _now()))}
+        _replace(run.requeued, note)
 
 
 def read_requeue(run: RunFolder) -> Requeue | None:
     """The launcher's word that the job waits; None where there is none, or the run has started or ended since."""
     try:
-        note = json.loads(_requeue_file(run).read_text(encoding="utf-8"))
-        if note.pop("outcome") != _digest(run):
+        note = json.loads(run.requeued.read_text(encoding="utf-8"))
+        if note.pop("outcome") != outcome_digest(run):
             return None
         return Requeue(**{name: str(value) for name, value in note.items()})
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
 
-def _requeue_file(run: RunFolder) -> Path:
-    return run.logs / "requeued.json"
-
-
-def _digest(run: RunFolder) -> str:
-    """Of the outcome that the word speaks of: every start and every end writes another one."""
+def outcome_digest(run: RunFolder) -> str:
+    """Of ``outcome.json``, for a note that is void after the next start or end: each of them writes another one."""
     try:
         return hashlib.sha256(run.outcome.read_bytes()).hexdigest()
     except FileNotFoundError:
