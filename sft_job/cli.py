@@ -87,6 +87,20 @@ def check_command(
 
 
 @app.command()
+def preflight(
+    settings: Settings = None,
+    limit: Annotated[
+        float, typer.Option("--limit", min=10, help="Seconds after which there is an answer, whoever is missing.")
+    ] = 60,
+) -> None:
+    """Run on each node of an allocation, as train is: do the nodes reach each other, and see the same files?"""
+    from sft_job.preflight_job import preflight_job  # noqa: PLC0415
+
+    config, overrides = split_settings(settings)
+    raise typer.Exit(preflight_job(config, overrides, os.environ, limit))
+
+
+@app.command()
 def preview(
     settings: Settings = None,
     rows: Annotated[int, typer.Option("--rows", help="Rows to show, in the order of ranks and micro-batches.")] = 4,
