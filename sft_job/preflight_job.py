@@ -24,8 +24,9 @@ from sft_job.config.topology import Topology
 from sft_job.contract import Env, ExitCode, RunFolder
 from sft_job.errors import JobError, Problem, ProblemsError, problems_text, raise_problems
 from sft_job.oversight import Listener
-from sft_job.preflight.facts import FACTS_FILE, RESULT_FILE, all_facts, to_wire
+from sft_job.preflight.facts import FACTS_FILE, RESULT_FILE, NodeFacts, all_facts, to_wire
 from sft_job.preflight.findings import Check
+from sft_job.preflight.shared import own_token
 from sft_job.preflight.space import space_needed
 from sft_job.processes import adopt_orphans, reap
 from sft_job.pulse import pulse_file, read_beat
@@ -64,7 +65,9 @@ def preflight_job(config_arg: str | None, overrides: Sequence[str], environ: Map
     try:
         raise_problems([problem for problem in resolution.problems if problem not in local])
         with tempfile.TemporaryDirectory(prefix="sft_job_") as reports:
-            end = _run_ranks(resolution, local, Path(reports), environ, listener, began, began + limit)
+            with own_token(run_folder(resolution.loaded.config).root) as token:
+                facts = all_facts(resolution.loaded.config, resolution.topology, token, environ, local)
+                end = _run_ranks(resolution, facts, Path(reports), environ, listener, began, began + limit)
             return _tell(resolution, end, Path(reports))
     except JobError as error:
         say(f"{error}\n")
@@ -73,7 +76,7 @@ def preflight_job(config_arg: str | None, overrides: Sequence[str], environ: Map
 
 def _run_ranks(
     resolution: Resolution,
-    local: Sequence[Problem],
+    facts: NodeFacts,
     reports: Path,
     environ: Mapping[str, str],
     listener: Listener,
@@ -82,10 +85,7 @@ def _run_ranks(
 ) -> RankEnd:
     """The ranks' end; their time is up a little after the deadline."""
     config, topology = resolution.loaded.config, resolution.topology
-    facts = all_facts(config, topology, run_folder(config), environ, local)
-    space = None
-    if not local:
-        space = space_needed(config, resolution.model)
+    space = space_needed(config, resolution.model) if resolution.model else None
     left = deadline - time.monotonic()
     meet_until = deadline - min(_TOGETHER_SECONDS, left / 2)
     given = {
@@ -103,7 +103,7 @@ def _run_ranks(
         reap(ranks.pids)
         if listener.stopped():
             ranks.kill()
-            raise JobError(ExitCode.STOPPED, "stopped")
+            raise JobError(ExitCode.STOPPED, "stopped before there was a verdict")
         if time.monotonic() > deadline + _LATE_SECONDS:
             phases = {read_beat(pulse_file(reports, rank)).phase.replace("-", " ") for rank in _own_ranks(topology)}
             ranks.kill()

@@ -14,9 +14,10 @@ from typing import Any
 
 from sft_job import __version__
 from sft_job.checkpoint.state import flat_config
+from sft_job.config.load import run_folder
 from sft_job.config.schema import JobConfig
-from sft_job.config.topology import Topology
-from sft_job.contract import ExitCode, RunFolder
+from sft_job.config.topology import Topology, count_gpus
+from sft_job.contract import ExitCode
 from sft_job.errors import Problem
 from sft_job.preflight.gpus import Gpu, read_gpus
 from sft_job.preflight.inputs import data_marks, model_marks
@@ -57,7 +58,8 @@ class NodeFacts:
         token: what it wrote into the run folder.
         folder: the run folder, as this node names it.
         free: bytes free there; None where that is not known.
-        gpus: as the driver tells.
+        devices: GPUs that its ranks may use.
+        gpus: the same as the driver tells of them; none where nvidia-smi does not answer.
         cuda_fault: why torch cannot use them; '' where it can, or where there are none.
         memory: bytes of host memory.
         memory_free: of them, available.
@@ -77,6 +79,7 @@ class NodeFacts:
     token: Token = field(default_factory=lambda: Token(""))
     folder: str = ""
     free: int | None = None
+    devices: int = 0
     gpus: tuple[Gpu, ...] = ()
     cuda_fault: str = ""
     memory: int = 0
@@ -135,30 +138,33 @@ def common_facts(config: JobConfig, topology: Topology, environ: Mapping[str, st
 
 
 def all_facts(
-    config: JobConfig, topology: Topology, run: RunFolder, environ: Mapping[str, str], known: Sequence[Problem] = ()
+    config: JobConfig, topology: Topology, token: Token, environ: Mapping[str, str], known: Sequence[Problem] = ()
 ) -> NodeFacts:
     """Everything that is known without torch.
 
     Args:
         config: the run's settings.
         topology: where this node stands.
-        run: the run folder.
+        token: what this node wrote into the run folder.
         environ: environment variables.
         known: problems that were found before.
     """
     common = common_facts(config, topology, environ)
     memory = _memory()
     shm = _disk(_SHM)
+    folder = run_folder(config).root
     try:
-        free = free_space(run.root)[1]
+        free = free_space(folder)[1]
     except OSError:
         free = None
     seen = {problem.rule for problem in known}
     return replace(
         common,
-        folder=str(run.root),
+        folder=str(folder),
+        token=token,
         free=free,
-        gpus=read_gpus(),
+        devices=count_gpus(environ),
+        gpus=_visible(read_gpus(), environ),
         memory=memory.get("MemTotal", 0),
         memory_free=memory.get("MemAvailable", 0),
         shm=shm[0],
@@ -178,6 +184,17 @@ def versions(environ: Mapping[str, str]) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _visible(gpus: tuple[Gpu, ...], environ: Mapping[str, str]) -> tuple[Gpu, ...]:
+    """Without those that CUDA_VISIBLE_DEVICES hides by number; others' names are all left in."""
+    listed = environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is None:
+        return gpus
+    numbers = [part.strip() for part in listed.split(",")]
+    if not all(number.isdecimal() for number in numbers):
+        return gpus if count_gpus(environ) else ()
+    return tuple(gpu for gpu in gpus if str(gpu.index) in numbers)
 
 
 def _memory(path: Path = Path("/proc/meminfo")) -> dict[str, int]:

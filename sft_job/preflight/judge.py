@@ -225,13 +225,13 @@ def check_gpus(nodes: Nodes, faults: Mapping[int, str]) -> Check:
         Problem(ExitCode.LOST, f"rank {rank}", f"its GPU fails: {fault}", fix) for rank, fault in faults.items()
     ]
     notes: list[str] = []
-    kinds = {node.node: (len(node.gpus), *sorted({gpu.name for gpu in node.gpus})) for node in nodes}
-    counts = {len(node.gpus) for node in nodes}
+    kinds = {node.node: (node.devices, *sorted({gpu.name for gpu in node.gpus})) for node in nodes}
+    counts = {node.devices for node in nodes}
     for node in nodes:
         if node.cuda_fault:
             rule, fix = f"torch cannot use its GPUs: {node.cuda_fault}", "a driver as new as torch's CUDA, or its image"
             problems.append(Problem(ExitCode.CONFIG, node.name, rule, fix))
-        if 0 in counts and len(counts) > 1 and not node.gpus:
+        if 0 in counts and len(counts) > 1 and not node.devices:
             rule = f"shows no GPU; others show {max(counts)}"
             problems.append(Problem(ExitCode.LOST, node.name, rule, "take this node out: its GPUs are lost"))
         for gpu in node.gpus:
@@ -241,16 +241,18 @@ def check_gpus(nodes: Nodes, faults: Mapping[int, str]) -> Check:
     drivers = {gpu.driver for node in nodes for gpu in node.gpus}
     if len(drivers) > 1:
         notes.append(f"several drivers: {', '.join(sorted(drivers))}")
-    alike = len(nodes) > 1 and nodes[0].gpus and not notes and not problems
+    alike = len(nodes) > 1 and nodes[0].devices and not notes and not problems
     text = f"{_gpus_text(nodes[0])}{' on each node' if alike else ''}"
     return Check("gpus", text, tuple(notes), tuple(problems))
 
 
 def _gpus_text(node: NodeFacts) -> str:
-    if not node.gpus:
+    if not node.devices:
         return "none: ranks run on the CPU"
+    if not node.gpus:
+        return f"{node.devices}, of which nvidia-smi tells nothing"
     gpu = node.gpus[0]
-    return f"{len(node.gpus)} x {gpu.name}, {gib(gpu.memory)}, driver {gpu.driver}"
+    return f"{node.devices} x {gpu.name}, {gib(gpu.memory)}, driver {gpu.driver}"
 
 
 def _gpu_notes(gpu: Gpu) -> list[str]:
@@ -269,12 +271,12 @@ def check_memory(nodes: Nodes) -> Check:
     notes = [
         f"{node.name}: /dev/shm has {gib(node.shm)}; ranks with GPUs exchange through it, give it 1 GiB or more"
         for node in nodes
-        if node.gpus and node.ranks > 1 and 0 < node.shm < _SHM_BYTES
+        if node.devices and node.ranks > 1 and 0 < node.shm < _SHM_BYTES
     ]
     notes += [
         f"{node.name}: {gib(node.memory_free)} of host memory free for {node.ranks} ranks"
         for node in nodes
-        if node.gpus and 0 < node.memory_free < _MEMORY_PER_RANK * node.ranks
+        if node.devices and 0 < node.memory_free < _MEMORY_PER_RANK * node.ranks
     ]
     least, shm = min(node.memory_free for node in nodes), min(node.shm_free for node in nodes)
     each = " at least on each node" if len(nodes) > 1 else ""

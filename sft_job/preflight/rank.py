@@ -5,7 +5,6 @@ Rank 0 judges, and keeps the store until the others have heard. The supervising 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -26,7 +25,7 @@ from sft_job.preflight.facts import FACTS_FILE, RESULT_FILE, NodeFacts, from_wir
 from sft_job.preflight.findings import Network, Speed
 from sft_job.preflight.judge import check_presence, judge
 from sft_job.preflight.network import measure
-from sft_job.preflight.shared import Token, own_token, unseen
+from sft_job.preflight.shared import Token, unseen
 from sft_job.preflight.space import Space
 from sft_job.pulse import Pulse, pulse_file
 from sft_job.runtime import die_with_parent
@@ -64,32 +63,36 @@ class _Rank:
         """This rank speaks for its node."""
         return self.rank % self.per_node == 0
 
+    @property
+    def place(self) -> str:
+        """What names this rank also where nodes disagree on how many ranks each has."""
+        return f"{self.node}.{self.rank % self.per_node}"
+
     def run(self, facts: NodeFacts, needed: Space | None) -> ExitCode:
         """Everything; the verdict's exit code."""
         self.pulse.enter("starting-the-gpu")
         gpu_fault = _gpu_fault(self.rank % self.per_node, facts)
         self.pulse.enter("meeting")
         board = open_board(os.environ, self.world, self.meet_until)
-        if not board.first(f"taken/{self.rank}"):
+        if not board.first(f"taken/{self.place}"):
             board.put(f"double/{self.node}", facts.host)
             raise JobError(
                 ExitCode.CONFIG,
-                f"rank {self.rank} is there already: another node has the same number\n    fix: give every node a "
+                f"node {self.node} is there already: another node has the same number\n    fix: give every node a "
                 f"{Env.NODE_RANK} of its own, from 0 to {Env.NNODES} - 1",
             )
-        with own_token(Path(facts.folder)) if self.speaks else contextlib.nullcontext(Token("")) as token:
-            if self.speaks:
-                self._speak(board, facts, token)
-            board.put(f"here/{self.rank}", gpu_fault)
-            if self.rank == 0:
-                board.put("roll", self._call_the_roll(board))
-            roll = board.get("roll", self.deadline - _LAST_SECONDS)
-            if roll["complete"]:
-                self._together(board, Path(facts.folder), able=not roll["gpu_faults"])
-            if self.rank == 0:
-                board.put("verdict", self._judge(board, roll, needed))
-            self.pulse.enter("waiting-for-the-verdict")
-            verdict = board.get("verdict", self.deadline)
+        if self.speaks:
+            self._speak(board, facts)
+        board.put(f"here/{self.place}", gpu_fault)
+        if self.rank == 0:
+            board.put("roll", self._call_the_roll(board))
+        roll = board.get("roll", self.deadline - _LAST_SECONDS)
+        if roll["complete"]:
+            self._together(board, Path(facts.folder), able=not roll["gpu_faults"])
+        if self.rank == 0:
+            board.put("verdict", self._judge(board, roll, needed))
+        self.pulse.enter("waiting-for-the-verdict")
+        verdict = board.get("verdict", self.deadline)
         if self.speaks:
             _write(self.reports / RESULT_FILE, verdict)
         board.put(f"bye/{self.rank}", "")
@@ -98,17 +101,17 @@ class _Rank:
             board.wait_for(present, self.deadline)
         return ExitCode(verdict["code"])
 
-    def _speak(self, board: Board, facts: NodeFacts, token: Token) -> None:
+    def _speak(self, board: Board, facts: NodeFacts) -> None:
         versions = dict(facts.versions)
         if torch.version.cuda:
             versions["cuda"] = torch.version.cuda
-        fault = _cuda_fault() if facts.gpus and not torch.cuda.is_available() else ""
-        board.put(f"token/{self.node}", asdict(token))
-        board.put(f"facts/{self.node}", to_wire(replace(facts, token=token, versions=versions, cuda_fault=fault)))
+        fault = _cuda_fault() if facts.devices and not torch.cuda.is_available() else ""
+        board.put(f"token/{self.node}", asdict(facts.token))
+        board.put(f"facts/{self.node}", to_wire(replace(facts, versions=versions, cuda_fault=fault)))
 
     def _call_the_roll(self, board: Board) -> dict[str, Any]:
         """Who is missing when the time is up, by node, and whose GPU fails."""
-        keys = {f"here/{rank}": rank for rank in range(self.world)}
+        keys = {f"here/{rank // self.per_node}.{rank % self.per_node}": rank for rank in range(self.world)}
         left = {keys[key] for key in board.wait_for(list(keys), self.meet_until)}
         missing: dict[int, list[int]] = {}
         for rank in sorted(left):
@@ -178,7 +181,7 @@ def _ranks(missing: Mapping[str, list[int]]) -> set[int]:
 
 def _gpu_fault(local: int, facts: NodeFacts) -> str:
     """Let this rank's GPU multiply something; why it cannot."""
-    if not facts.gpus or not torch.cuda.is_available():
+    if not facts.devices or not torch.cuda.is_available():
         return ""
     try:
         ones = torch.ones(256, 256, device=torch.device("cuda", local))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import struct
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -132,3 +134,15 @@ def test_a_run_on_two_folders_ends_before_weights_load(nodes: Nodes, tmp_path: P
     assert all("is not one folder for all nodes" in error for *_, error in ends)
     assert json.loads((nodes.job.run / "logs" / "outcome.json").read_text())["code"] == 73
     assert not list((nodes.job.run / "checkpoints").glob("global_step_*"))
+
+
+def test_stopped_while_it_waits_it_leaves_nothing(nodes: Nodes) -> None:
+    process = nodes.start(0)
+    deadline = time.monotonic() + 60
+    while not list(nodes.job.run.glob(".preflight.*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    ((code, table, error),) = nodes.ends()
+    assert (code, table, error) == (143, "", "stopped before there was a verdict\n")
+    assert list(nodes.job.run.iterdir()) == []

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sft_job.config.schema import JobConfig
+from sft_job.preflight import facts
 from sft_job.preflight.facts import versions
 from sft_job.preflight.gpus import Gpu, read_gpus
 from sft_job.preflight.inputs import data_marks, mark, model_marks
@@ -125,3 +126,13 @@ def test_versions_name_what_computes() -> None:
     found = versions({"SFT_JOB_COMMIT": "abc"})
     assert {"python", "sft_job", "torch", "transformers"} <= found.keys()
     assert found["commit"] == "abc"
+
+
+@pytest.mark.parametrize(
+    ("listed", "left"), [(None, [0, 1, 2]), ("1", [1]), ("2,0", [0, 2]), ("", []), ("-1", []), ("GPU-abc", [0, 1, 2])]
+)
+def test_gpus_that_are_hidden_are_not_looked_at(monkeypatch, listed: str | None, left: list[int]) -> None:
+    monkeypatch.setattr(facts, "count_gpus", lambda environ: 1 if environ["CUDA_VISIBLE_DEVICES"] == "GPU-abc" else 0)
+    gpus = tuple(Gpu(index, "A", "5", 1, 0) for index in range(3))
+    environ = {} if listed is None else {"CUDA_VISIBLE_DEVICES": listed}
+    assert [gpu.index for gpu in facts._visible(gpus, environ)] == left
