@@ -114,6 +114,11 @@ def test_a_problem_of_all_nodes_is_told_once() -> None:
     assert found == problem
 
 
+def test_a_file_that_a_node_cannot_read_is_not_told_of_twice() -> None:
+    blind = replace(OTHER, data={}, problems=(Problem(ExitCode.DATA, "x.parquet", "r"),))
+    assert [problem.subject for problem in judged(NODE, blind)["data"].problems] == ["node 1 (b): x.parquet"]
+
+
 def test_many_differences_are_counted() -> None:
     many = {f"optim.k{number}": number for number in range(9)}
     problems = judged(replace(NODE, settings={}), replace(OTHER, settings=many))["settings"].problems

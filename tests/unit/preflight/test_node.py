@@ -56,6 +56,12 @@ def test_a_mark_tells_size_beginning_and_end(tmp_path_factory, head: bytes, midd
     assert mark(path) != first
 
 
+def test_a_mark_sees_a_footer_of_the_same_size(tmp_path) -> None:
+    (tmp_path / "a").write_bytes(b"0" * 300_000 + b"1")
+    (tmp_path / "b").write_bytes(b"0" * 300_000 + b"2")
+    assert mark(tmp_path / "a") != mark(tmp_path / "b")
+
+
 def test_marks_of_data_and_model_do_not_depend_on_their_place(tmp_path) -> None:
     marks = []
     for place in ("here", "there"):
