@@ -106,14 +106,14 @@ def note_refusal(run: RunFolder, code: ExitCode, message: str, environ: Mapping[
 
     For people who look at the run folder alone (``sft-job status``); where it cannot be written nothing happens.
     """
-    note = {
-        "outcome": outcome_digest(run),
-        "code": int(code),
-        "reason": code.reason,
-        "message": SecretMask(environ).text(message),
-        "at": datetime.now().astimezone().isoformat(timespec="seconds"),
-    }
     with contextlib.suppress(OSError):
+        note = {
+            "outcome": outcome_digest(run),
+            "code": int(code),
+            "reason": code.reason,
+            "message": SecretMask(environ).text(message),
+            "at": datetime.now().astimezone().isoformat(timespec="seconds"),
+        }
         if run.logs.is_dir():
             write_durably(run.refusal, json.dumps(note, indent=1) + "\n")
 

@@ -34,6 +34,7 @@ def measure(store: dist.Store, rank: int, world: int, ranks_on_node: int, second
     if torch.cuda.is_available():
         os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # a timeout is an error to report, not the end of the process
         device = torch.device("cuda", rank % ranks_on_node)
+        torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     speeds: list[Speed] = []
     clocks: dict[int, float] = {}
@@ -56,7 +57,7 @@ def measure(store: dist.Store, rank: int, world: int, ranks_on_node: int, second
                 doing = f"{name} ({kind})"
                 speeds.append(_speed(kind, name, place, world))
         doing = "leaving"
-        dist.barrier()
+        _meet()
         dist.destroy_process_group()
     except Exception as error:  # whatever a backend raises is what people must see
         lines = [line for line in str(error).splitlines() if line.strip()]
@@ -87,16 +88,21 @@ def _speed(kind: str, name: str, device: torch.device, world: int) -> Speed:
     return Speed(kind, name, count * 4, (time.perf_counter() - began) / _ROUNDS, world)
 
 
+def _meet() -> None:
+    """A barrier of the CPU: ``dist.barrier`` would be one of the GPUs."""
+    dist.all_reduce(torch.zeros(1))
+
+
 def _settle(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def _clocks(world: int, ranks_on_node: int) -> tuple[dict[int, float], float]:
-    """Unix time of each node's first rank just after a barrier, and how long that barrier took."""
-    dist.barrier()  # the first one also makes connections
+    """Unix time of each node's first rank when all have met, and how long that meeting took."""
+    _meet()  # the first one also makes connections
     began = time.monotonic()
-    dist.barrier()
+    _meet()
     took = time.monotonic() - began
     mine = torch.tensor([time.time()], dtype=torch.float64)
     times = [torch.zeros_like(mine) for _ in range(world)]

@@ -150,6 +150,8 @@ class _Rank:
             for node in range(expected)
             if board.has(f"unseen/{node}")
         }
+        silent = {node.node for node in nodes} - not_seen.keys() if roll["complete"] else set[int]()
+        not_seen |= {node: {node: "could not be read in time"} for node in silent}
         network = self._network(board, until) if roll["complete"] and not faults else None
         doubles = {node: board.get(f"double/{node}", until) for node in range(expected) if board.has(f"double/{node}")}
         presence = check_presence(nodes, expected, missing, doubles, roll["waited"])

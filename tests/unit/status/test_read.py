@@ -114,6 +114,15 @@ def test_a_refused_start_is_the_newest_end_until_the_next_start(run) -> None:
     assert read_status(run, FREE).refusal is None
 
 
+def test_a_refusal_that_cannot_be_kept_is_no_error(run) -> None:
+    run.logs.rmdir()
+    note_refusal(run, ExitCode.CONFIG, "no", {})
+    assert not run.logs.exists()
+    run.logs.write_text("")
+    note_refusal(run, ExitCode.CONFIG, "no", {})
+    assert read_status(run, FREE).refusal is None
+
+
 def test_a_job_that_waits(run) -> None:
     write_ends(run, 143, "stopped")
     note_requeue(run, "slurm", "17")
