@@ -43,7 +43,7 @@ NETWORK = Network((Speed("nccl", "all-reduce", 10**9, 0.1, 4),), {0: 1000.0, 1: 
 
 def judged(
     *nodes: NodeFacts, faults=None, unseen=None, network: Network | None = NETWORK, needed=Space(GIB, GIB, 0)
-) -> dict[str, Check]:  # noqa: B008
+) -> dict[str, Check]:
     checks = room.judge(nodes, faults or {}, unseen or {}, network, needed, all_read=True)
     assert [Check.from_wire(json.loads(json.dumps(check.to_wire()))) for check in checks] == checks
     return {check.name: check for check in checks}
