@@ -37,12 +37,13 @@ NODE = NodeFacts(
     shm=8 * GIB,
     shm_free=8 * GIB,
 )
+NEEDED = Space(GIB, GIB, 0)
 OTHER = replace(NODE, node=1, host="b")
 NETWORK = Network((Speed("nccl", "all-reduce", 10**9, 0.1, 4),), {0: 1000.0, 1: 1000.5})
 
 
 def judged(
-    *nodes: NodeFacts, faults=None, unseen=None, network: Network | None = NETWORK, needed=Space(GIB, GIB, 0)
+    *nodes: NodeFacts, faults=None, unseen=None, network: Network | None = NETWORK, needed: Space = NEEDED
 ) -> dict[str, Check]:
     checks = room.judge(nodes, faults or {}, unseen or {}, network, needed, all_read=True)
     assert [Check.from_wire(json.loads(json.dumps(check.to_wire()))) for check in checks] == checks
