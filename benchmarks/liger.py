@@ -103,8 +103,8 @@ def blocks_step(folder: Path, batch: PackedBatch, liger: bool) -> Callable[[], f
         if fused is None:
             return module(on_device, batch.num_tokens)
         rows, targets = on_device.target_rows, on_device.targets[0]
-        head = module.lm.get_output_embeddings().weight
-        return fused(head, module.hidden(on_device)[0][rows], targets[rows]) / batch.num_tokens
+        head: Any = module.lm.get_output_embeddings()
+        return fused(head.weight, module.hidden(on_device)[0][rows], targets[rows]) / batch.num_tokens
 
     def step() -> float:
         loss = loss_of()

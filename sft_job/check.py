@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -22,13 +20,11 @@ from sft_job.data.spec import CacheSpec, Split, cache_specs
 from sft_job.data.template_check import check_templates
 from sft_job.errors import JobError, Problem, ProblemsError, problems_text, worst_code
 from sft_job.model.supported import check_architecture
+from sft_job.preflight.space import free_space, gib, space_needed
 from sft_job.streams import say
 from sft_job.supervisor import input_problems
 
 SAMPLE_ROWS = 1000
-_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
-_STATES = 3
-"""Weights and AdamW's two moments, in the same dtype."""
 
 
 def check_job(
@@ -154,31 +150,10 @@ def _share(entry: SetEntry) -> str:
 
 def _check_disk(resolution: Resolution, table: Table) -> list[Problem]:
     """Room for the token cache, one checkpoint beside the one it replaces, and the export."""
-    config, model = resolution.loaded.config, resolution.model
-    run = run_folder(config)
-    there = next(parent for parent in (run.root, *run.root.parents) if parent.exists())
-    free = shutil.disk_usage(there).free
-    size = _BYTES[config.model.fsdp_config.model_dtype]
-    parameters = model.parameters if model else 0
-    checkpoint, export = parameters * size * _STATES, parameters * size
-    # Ids take 4 bytes each; a token is seldom shorter than 2 bytes of text, compressed parquet about as long.
-    cache = 4 * _data_bytes(config)
-    needed = 2 * checkpoint + export + cache
-    table.add_row(
-        "disk",
-        f"{_gib(free)} free at {there}; needed about {_gib(needed)}: two checkpoints of {_gib(checkpoint)}, "
-        f"export {_gib(export)}, token cache {_gib(cache)}",
-    )
-    if needed <= free:
+    there, free = free_space(run_folder(resolution.loaded.config).root)
+    needed = space_needed(resolution.loaded.config, resolution.model)
+    table.add_row("disk", f"{gib(free)} free at {there}; needed about {needed.text()}")
+    if needed.total <= free:
         return []
-    rule = f"{there} has {_gib(free)} free, the run needs about {_gib(needed)}"
+    rule = f"{there} has {gib(free)} free, the run needs about {gib(needed.total)}"
     return [Problem(ExitCode.CANNOT_CREATE, "disk", rule, "free space, or another CHECKPOINT_DIR")]
-
-
-def _data_bytes(config: JobConfig) -> int:
-    specs = (*cache_specs(config, "train"), *cache_specs(config, "val"))
-    return sum(Path(file).stat().st_size for spec in specs for file in spec.files)
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:,.1f} GiB"

@@ -87,6 +87,20 @@ def check_command(
 
 
 @app.command()
+def preflight(
+    settings: Settings = None,
+    limit: Annotated[
+        float, typer.Option("--limit", min=10, help="Seconds after which there is an answer, whoever is missing.")
+    ] = 60,
+) -> None:
+    """Run on each node of an allocation, as train is: do the nodes reach each other, and see the same files?"""
+    from sft_job.preflight_job import preflight_job  # noqa: PLC0415
+
+    config, overrides = split_settings(settings)
+    raise typer.Exit(preflight_job(config, overrides, os.environ, limit))
+
+
+@app.command()
 def preview(
     settings: Settings = None,
     rows: Annotated[int, typer.Option("--rows", help="Rows to show, in the order of ranks and micro-batches.")] = 4,
@@ -105,6 +119,25 @@ def preview(
     config, overrides = split_settings(settings)
     options = PreviewOptions(rows, row, step, ranks, html, json, report, tokens, full)
     raise typer.Exit(preview_job(config, overrides, os.environ, options))
+
+
+@app.command()
+def status(
+    run: Annotated[
+        str | None,
+        typer.Argument(
+            help="A run folder, its CHECKPOINT_DIR, or the id of a submitted job; default: $CHECKPOINT_DIR.",
+            metavar="[RUN|JOBID]",
+            show_default=False,
+        ),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every byte of the newest checkpoint.")] = False,
+) -> None:
+    """Show how a run stands: state, step, loss, checkpoint, restarts with their causes, where the logs are."""
+    from sft_job.status.command import run_status  # noqa: PLC0415  a command loads only what it needs
+
+    raise typer.Exit(run_status(run, os.environ, as_json=json, verify=verify))
 
 
 @app.command()

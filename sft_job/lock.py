@@ -274,6 +274,22 @@ def still_held(run: RunFolder, token: str, missing_seconds: float = _MISSING_SEC
         time.sleep(0.1)
 
 
+def current_holder(run: RunFolder) -> Holder | None:
+    """Who holds the run folder, alive or not; None where nobody does.
+
+    Raises:
+        OSError: the lock cannot be read.
+    """
+    return _holder(_read(run.lock) or b"")
+
+
+def lives_here(holder: Holder) -> bool | None:
+    """Whether the holder still runs; None where this host and process namespace cannot tell."""
+    if not holder.place or holder.place != _place():
+        return None
+    return _born(holder.pid) == holder.born
+
+
 def lost_lock(run: RunFolder, holder: str = "") -> JobError:
     """The end of a run whose folder another run has taken over."""
     return JobError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from sft_job.config.secrets import SecretMask
 from sft_job.contract import ExitCode, RunFolder
 from sft_job.ranks import RankEnd
 from sft_job.starts import RUNNING
+from sft_job.submissions import outcome_digest
 from sft_job.version import commit
 
 _RESTARTS_LISTED = 100
@@ -96,3 +99,30 @@ def write_outcome(
         "commit": commit(environ),
     }
     write_durably(run.outcome, json.dumps(SecretMask(environ).tree(record), indent=1) + "\n")
+
+
+def note_refusal(run: RunFolder, code: ExitCode, message: str, environ: Mapping[str, str]) -> None:
+    """Leave beside ``outcome.json``, which stays as it is, why a start ended before it did anything.
+
+    For people who look at the run folder alone (``sft-job status``); where it cannot be written nothing happens.
+    """
+    with contextlib.suppress(OSError):
+        note = {
+            "outcome": outcome_digest(run),
+            "code": int(code),
+            "reason": code.reason,
+            "message": SecretMask(environ).text(message),
+            "at": datetime.now().astimezone().isoformat(timespec="seconds"),
+        }
+        if run.logs.is_dir():
+            write_durably(run.refusal, json.dumps(note, indent=1) + "\n")
+
+
+def last_refusal(run: RunFolder) -> dict[str, Any] | None:
+    """What ``note_refusal`` left, unless the run was started since; None where there is none."""
+    try:
+        note = json.loads(run.refusal.read_text(encoding="utf-8"))
+        valid = note["outcome"] == outcome_digest(run) and {"code", "reason", "message", "at"} <= note.keys()
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return note if valid else None

@@ -36,7 +36,14 @@ from sft_job.data.files import check_data
 from sft_job.deadline import REASON as DEADLINE
 from sft_job.errors import JobError, Problem, raise_problems
 from sft_job.lock import STILL_SECONDS, RunLock, lost_lock, this_process
-from sft_job.outcome import last_outcome, newest_state, restarts_so_far, result_folder, write_outcome
+from sft_job.outcome import (
+    last_outcome,
+    newest_state,
+    note_refusal,
+    restarts_so_far,
+    result_folder,
+    write_outcome,
+)
 from sft_job.oversight import Listener, oversee
 from sft_job.processes import adopt_orphans, children, end_orphans, reap
 from sft_job.ranks import POLL_SECONDS, RankEnd, RankGroup, rank_command, signals_blocked
@@ -73,8 +80,12 @@ class Supervisor:
         self._listener.install()
         adopt_orphans()
         before = children()
+        noted: RunFolder | None = None
         try:
-            resolution = checked(config_arg, overrides, self._environ)
+            resolution = examined(config_arg, overrides, self._environ)
+            if resolution.topology.node_rank == 0 and resolution.loaded.config.trainer.default_local_dir:
+                noted = run_folder(resolution.loaded.config)
+            raise_problems(resolution.problems)
             deadline = deadline_of(resolution.loaded.config, self._environ, self._began)
             run = run_folder(resolution.loaded.config)
             self._tell(resolution, run)
@@ -88,12 +99,15 @@ class Supervisor:
                 self._tell_start(start, run)
                 if start.finished:
                     return ExitCode.DONE
+                noted = None  # from here on outcome.json tells
                 try:
                     return self._run(resolution, run, start, deadline, lock)
                 finally:
                     end_orphans(before, _ORPHAN_SECONDS)
         except JobError as error:
             say(f"{error}\n")
+            if noted is not None and error.code != ExitCode.STOPPED:
+                note_refusal(noted, error.code, str(error), self._environ)
             return error.code
 
     def _already_done(self, config: JobConfig, run: RunFolder) -> bool:
@@ -297,17 +311,15 @@ def deadline_of(config: JobConfig, environ: Mapping[str, str], began: float) -> 
     return min(ends, default=None)
 
 
-def checked(config_arg: str | None, overrides: Sequence[str], environ: Mapping[str, str]) -> Resolution:
-    """Settings, topology, model folder and data files, all looked at before anything starts.
+def examined(config_arg: str | None, overrides: Sequence[str], environ: Mapping[str, str]) -> Resolution:
+    """Settings, topology, model folder and data files, all looked at before anything starts; raises none of it.
 
-    Raises:
-        ProblemsError: everything that is wrong, at once.
+    Returns:
+        With everything that is wrong in ``problems``.
     """
     resolution = resolve(config_arg, overrides, environ, count_gpus(environ))
-    problems = list(resolution.problems)
     if resolution.loaded.readable and resolution.loaded.config.data.train_files:
-        problems += input_problems(resolution.loaded)
-    raise_problems(problems)
+        resolution.problems += input_problems(resolution.loaded)
     return resolution
 
 

@@ -32,6 +32,7 @@ from sft_job.deadline import Deadline
 from sft_job.errors import JobError, raise_problems
 from sft_job.job import train
 from sft_job.memory import out_of_memory_text
+from sft_job.preflight.start import compare_nodes
 from sft_job.pulse import Pulse, pulse_file
 from sft_job.runtime import StopWish, die_with_parent, start_runtime
 from sft_job.streams import say, settle_streams
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = _config(list(sys.argv[1:] if arguments is None else arguments))
         runtime = start_runtime(config.trainer.timeout_seconds, config.trainer.deterministic, pulse)
+        compare_nodes(config, runtime, os.environ)
         ending = train(config, runtime, stop)
         code = ExitCode.STOPPED if ending and ending.stopped else ExitCode.DONE
         if code == ExitCode.STOPPED and not stop.signal and stop.wished:

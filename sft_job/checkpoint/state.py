@@ -75,6 +75,7 @@ SAFE_KEYS = frozenset(
         "trainer.timeout_seconds",
         "trainer.non_finite",
         "trainer.max_skipped_steps",
+        "trainer.preflight",
         "trainer.rehearsal",
         "trainer.max_wall_seconds",
         "trainer.max_starts_without_progress",
@@ -268,14 +269,15 @@ def compare_config(saved: RunState, config: JobConfig) -> Changes:
         if key in LENGTH_KEYS:
             grows = total_steps(config, saved.steps_per_epoch) - saved.total_steps
             (longer if grows > 0 else safe if grows == 0 or key in allowed else refused).append(change)
-        elif _safe(key) or any(key == name or key.startswith(f"{name}.") for name in allowed):
+        elif is_safe(key) or any(key == name or key.startswith(f"{name}.") for name in allowed):
             safe.append(change)
         else:
             refused.append(change)
     return Changes(tuple(refused), tuple(longer), tuple(safe))
 
 
-def _safe(key: str) -> bool:
+def is_safe(key: str) -> bool:
+    """Whether a setting may change between two starts of a run."""
     # Of named data sets the paths may change, as those of a single one may.
     paths = key.startswith("data.train_files.") and key.endswith(".files")
     return key in SAFE_KEYS or paths or key.startswith("data.val_files.")

@@ -127,6 +127,8 @@ _DOES: Mapping[str, str] = {
     "trainer.allow_changed": "keys that may differ from the checkpoint's when a run goes on",
     "trainer.non_finite": "a step whose loss or gradient is not finite: stop (exit 87) or skip",
     "trainer.max_skipped_steps": "most steps that non_finite: skip leaves out",
+    "trainer.preflight": "of several nodes, compares software, settings, data, model and run folder before weights are "
+    "loaded; `sft-job preflight` looks at more",
     "trainer.rehearsal": "goes through the longest batch once before the first step, to see that it fits",
     "trainer.timeout_seconds": "a collective that takes longer, or ranks that stand still for longer, end the run "
     "with 137",

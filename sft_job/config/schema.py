@@ -255,6 +255,8 @@ class TrainerConfig:
     """A step whose loss or gradient is not finite: stop (the run ends with 87) or skip (go on without it)."""
     max_skipped_steps: int = 10
     """With non_finite: skip, the run ends at the next such step after so many."""
+    preflight: bool = True
+    """Of several nodes, compare software, settings, data, model and run folder before weights are loaded."""
     rehearsal: bool = True
     """Go through the longest batch once before the first step, so that too little memory shows at once."""
     timeout_seconds: int = 600

@@ -96,7 +96,7 @@ class ConsoleLogger:
         """The live line, without the parts that this width has no room for."""
         if self._record is None:
             return Text(f"step {self._first}/{self._total}  waiting for the first step", no_wrap=True)
-        parts = {"bar": _bar(self._record["step"] / max(self._total, 1))} | self._parts(self._record)
+        parts = {"bar": bar(self._record["step"] / max(self._total, 1))} | self._parts(self._record)
         for name in _FIRST_TO_GO:
             if len("  ".join(parts.values())) <= self._console.width:
                 break
@@ -112,12 +112,12 @@ class ConsoleLogger:
         parts = {
             "step": f"{step}/{self._total}",
             "share": f"{100 * step // max(self._total, 1)}%",
-            "eta": f"eta {_duration(self._seconds_left(step))}",
+            "eta": f"eta {duration(self._seconds_left(step))}",
             "loss": f"loss {_number(record['train/loss'], '.4f')}",
             "lr": f"lr {_number(record.get('train/lr'), '.1e')}",
             "grad": f"grad {_number(record.get('train/grad_norm'), '.2f')}",
             "epoch": f"epoch {_number(record.get('epoch'), '.2f')}",
-            "speed": f"{_amount(record.get('perf/tokens_per_second_per_gpu'))} tok/s/gpu",
+            "speed": f"{amount(record.get('perf/tokens_per_second_per_gpu'))} tok/s/gpu",
         }
         if record.get("perf/mfu") is not None:
             parts["mfu"] = f"mfu {100 * record['perf/mfu']:.0f}%"
@@ -139,7 +139,8 @@ def _validation_text(record: Mapping[str, Any]) -> str:
     return f"{text} ({', '.join(named)})" if named else text
 
 
-def _bar(share: float) -> str:
+def bar(share: float) -> str:
+    """A bar of ``BAR_CELLS`` cells, filled so far."""
     full = round(min(max(share, 0.0), 1.0) * BAR_CELLS)
     return "━" * full + "╌" * (BAR_CELLS - full)
 
@@ -148,13 +149,15 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _amount(value: float | None) -> str:
+def amount(value: float | None) -> str:
+    """A number in thousands from 1,000 on."""
     if value is None:
         return "-"
     return f"{value / 1000:.1f}k" if value >= 1000 else f"{value:.0f}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

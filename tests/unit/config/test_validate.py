@@ -175,6 +175,7 @@ def test_every_setting_that_can_be_wrong_has_limits_here():
         "trainer.nnodes",
         "trainer.n_gpus_per_node",
         "trainer.deterministic",
+        "trainer.preflight",
         "trainer.rehearsal",
     }
     assert set(leaf_fields()) == set(LIMITS) | always_fine
