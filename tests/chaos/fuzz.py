@@ -30,6 +30,7 @@ SEED_YAML = Path(__file__).parents[1] / "golden" / "seed_sft_trainer.yaml"
 SECONDS = 20.0
 """No config takes longer to be judged."""
 LONGEST = 200_000
+_TELL_SECONDS = 30.0
 ANSWERS = frozenset(ExitCode) - {ExitCode.BUG}
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2**31, 2**63, 2**64, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", " "),
@@ -204,7 +205,7 @@ def main() -> int:
     given = parser.parse_args()
     from tests.chaos.inputs import make_inputs
 
-    began = time.monotonic()
+    began = told = time.monotonic()
     codes: Counter[int] = Counter()
     faults = 0
     with tempfile.TemporaryDirectory(prefix="sft_fuzz_inputs_") as folder:
@@ -217,11 +218,20 @@ def main() -> int:
             codes[got.code] += 1
             if got.fault:
                 faults += 1
-                sys.stdout.write(f"config {seed} {overrides} ({got.seconds:.1f} s): {got.fault}\n")
+                _say(f"config {seed} {overrides} ({got.seconds:.1f} s): {got.fault}")
+            if time.monotonic() - told > _TELL_SECONDS:
+                told = time.monotonic()
+                _say(f"... {codes.total()} of {given.number} in {told - began:.0f} s, {faults} answered badly")
     shown = ", ".join(f"{code}: {count}" for code, count in sorted(codes.items()))
     seconds = time.monotonic() - began
-    sys.stdout.write(f"{given.number} configs in {seconds:.0f} s, {faults} answered badly; exit codes {shown}\n")
+    _say(f"{given.number} configs in {seconds:.0f} s, {faults} answered badly; exit codes {shown}")
     return 1 if faults else 0
+
+
+def _say(line: str) -> None:
+    """Also where nobody sits before a screen: what was found must not wait in a buffer for an end that may not come."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
