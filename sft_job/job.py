@@ -241,6 +241,7 @@ def build_job(config: JobConfig, runtime: Runtime, stop: StopWish, start: Start,
         confirm=confirm_lock(run, os.environ),
         warn=None if loggers is None else loggers.warning,
         files=files,
+        token=os.environ.get(Env.LOCK),
     )
     checkpointer.prepare()
     if start.checkpoint is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import os
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -18,7 +19,7 @@ from torch import nn
 from sft_job.checkpoint.background import Background
 from sft_job.checkpoint.distributed import is_disk_failure, load_tensors, on_every_rank, on_first_rank, trained_tensors
 from sft_job.checkpoint.files import Files
-from sft_job.checkpoint.folder import clear_leftovers, mark_final, state_or_none, temporary_folder
+from sft_job.checkpoint.folder import clear_leftovers, mark_final, state_or_none
 from sft_job.checkpoint.save import Order, Saved, Writing, already_there, begin, bytes_needed
 from sft_job.checkpoint.staging import Staging, global_bytes, local_bytes
 from sft_job.checkpoint.state import RunState
@@ -130,6 +131,7 @@ class Checkpointer:
             run on all ranks alike, and the checkpoint is not published.
         warn: takes a line for the user, on any thread; None on ranks that have no one to tell.
         files: does the file operations.
+        token: of this start, part of the names of its temporary folders; rank 0's holds, None = a new one.
     """
 
     def __init__(
@@ -145,6 +147,7 @@ class Checkpointer:
         confirm: Callable[[], None] | None = None,
         warn: Callable[[str], None] | None = None,
         files: Files | None = None,
+        token: str | None = None,
     ) -> None:
         self._run = run
         self._module = module
@@ -157,7 +160,9 @@ class Checkpointer:
         self._files = files or Files()
         self._asynchronous = policy.asynchronous
         self._group: Any = dist.new_group(backend="gloo", timeout=_DISK_PATIENCE)
-        self._writing = Writing(run, self._group, policy.keep, confirm, on_published, self._files)
+        self._confirm = confirm
+        agreed: str = self._on_first(lambda: token or uuid.uuid4().hex)
+        self._writing = Writing(run, agreed, self._group, policy.keep, confirm, on_published, self._files)
         self._staging = Staging(device)
         self._flight: _Flight | None = None
         self._measured: dict[tuple[bool, tuple[str, ...]], int] = {}
@@ -170,7 +175,7 @@ class Checkpointer:
 
     def prepare(self) -> None:
         """Make the folder, clear what an interrupted save left, and begin to make room in memory."""
-        self._as_file_work(_make_checkpoint_folder, self._run, self._files)
+        self._as_file_work(_make_checkpoint_folder, self._run, self._confirm, self._files)
         trained = [p for p in self._module.parameters() if p.requires_grad]
         if self._asynchronous and not self._fits_memory(trained):
             self._asynchronous = False
@@ -285,8 +290,8 @@ class Checkpointer:
             there = self._on_first(already_there, self._run, state)
             if there is not None and there.weights_sha256:
                 return Saved(self._run.step(state.step), there)  # an earlier start got this far and no further
-            self._on_first(begin, self._run, state.step, need, self._files)
-            state = replace(state, weights_sha256=self._exported(temporary_folder(self._run, state.step)))
+            self._on_first(begin, self._run, self._writing.temporary(state.step), need, self._files)
+            state = replace(state, weights_sha256=self._exported(self._writing.temporary(state.step)))
         if self._asynchronous and failure is None:
             tensors, failure = _tried(lambda: self._staging.stage(tensors), {})
         return Order(state, tensors, need, begun=exported, verify=purpose is not Purpose.STOP, failure=failure)
@@ -408,8 +413,10 @@ def _raise(error: Exception | None) -> None:
         raise error
 
 
-def _make_checkpoint_folder(run: RunFolder, files: Files) -> None:
+def _make_checkpoint_folder(run: RunFolder, confirm: Callable[[], None] | None, files: Files) -> None:
     run.checkpoints.mkdir(parents=True, exist_ok=True)
+    if confirm is not None:
+        confirm()  # in a run folder that was lost, what lies there is the new holder's
     clear_leftovers(run, files)
     probe = run.checkpoints / f".probe_{os.getpid()}"
     probe.write_text("", encoding="utf-8")

@@ -16,8 +16,8 @@ from sft_job.checkpoint.distributed import on_every_rank, on_first_rank, save_te
 from sft_job.checkpoint.files import Content, Files
 from sft_job.checkpoint.folder import (
     changed_on_disk,
-    clear_leftovers,
     damage,
+    drop_temporary,
     files_below,
     prune,
     publish,
@@ -29,7 +29,6 @@ from sft_job.checkpoint.shards import ShardWriter
 from sft_job.checkpoint.staging import local_bytes, tensors_of
 from sft_job.checkpoint.state import STATE_FILE, RunState
 from sft_job.contract import RunFolder
-from sft_job.errors import JobError
 
 # What torch puts around each tensor, at the most.
 _HEADER_BYTES = 2048
@@ -78,6 +77,7 @@ class Writing:
 
     Args:
         run: the run folder.
+        token: of this start; the same on every rank.
         group: gloo, with a timeout beyond any disk's patience; nothing else may use it meanwhile.
         keep: kept checkpoints; None = all.
         confirm: called on rank 0 immediately before a checkpoint gets its name.
@@ -88,6 +88,7 @@ class Writing:
     def __init__(
         self,
         run: RunFolder,
+        token: str,
         group: dist.ProcessGroup,
         keep: int | None,
         confirm: Callable[[], None] | None,
@@ -95,6 +96,7 @@ class Writing:
         files: Files,
     ) -> None:
         self._run = run
+        self._token = token
         self._group = group
         self._keep = keep
         self._confirm = confirm
@@ -135,20 +137,22 @@ class Writing:
     def drop(self) -> None:
         """Remove what a save that failed has left, on rank 0; every rank has stopped writing."""
         if dist.get_rank() == 0:
-            with suppress(OSError, JobError):
-                if self._confirm is not None:
-                    self._confirm()  # in a run folder that was lost, what lies there is the new holder's
-                clear_leftovers(self._run, self._files)
+            with suppress(OSError):
+                drop_temporary(self._run, self._token, self._files)
+
+    def temporary(self, step: int) -> Path:
+        """Where the checkpoint of a step is written."""
+        return temporary_folder(self._run, step, self._token)
 
     def _begin_or_find(self, order: Order) -> RunState | None:
         there = already_there(self._run, order.state)
         if there is None:
-            begin(self._run, order.state.step, order.need, self._files)
+            begin(self._run, self.temporary(order.state.step), order.need, self._files)
         return there
 
     def _write(self, order: Order) -> dict[str, Content]:
         """Every rank's shards; their content on every rank, verified where that is asked for."""
-        folder = temporary_folder(self._run, order.state.step)
+        folder = self.temporary(order.state.step)
         local = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         threads = max(1, len(os.sched_getaffinity(0)) // local)
         self._writer = ShardWriter(folder, local_bytes(order.tensors), threads, self._files)
@@ -171,10 +175,10 @@ class Writing:
 
     def _publish(self, order: Order, known: dict[str, Content]) -> Saved:
         run, state = self._run, order.state
-        temporary = temporary_folder(run, state.step)
+        temporary = self.temporary(state.step)
         with self._files.writing(temporary / STATE_FILE) as file:
             file.write(state.to_json().encode("utf-8"))
-        folder = publish(run, state.step, known, self._confirm, self._files)
+        folder = publish(run, state.step, temporary, known, self._confirm, self._files)
         note = ""
         if order.verify:
             # A save on the way out deletes nothing: it is not read back, for a scheduler will not wait for that.
@@ -201,13 +205,18 @@ def already_there(run: RunFolder, wanted: RunState) -> RunState | None:
     return there if holds and damage(folder) is None else None
 
 
-def begin(run: RunFolder, step: int, need: int, files: Files) -> None:
+def begin(run: RunFolder, temporary: Path, need: int, files: Files) -> None:
     """Make an empty temporary folder, on rank 0.
+
+    Args:
+        run: the run folder.
+        temporary: the folder.
+        need: bytes that will be written.
+        files: does the file operations.
 
     Raises:
         OSError: there is not enough space; nothing was written.
     """
-    temporary = temporary_folder(run, step)
     if temporary.exists() or temporary.is_symlink():
         files.remove(temporary)
     free = files.free_bytes(run.checkpoints)

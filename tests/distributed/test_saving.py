@@ -8,6 +8,8 @@ import os
 import pickle
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -276,7 +278,7 @@ def test_none_by_default_in_a_short_run(inputs, tmp_path, ranks) -> None:
     assert all(names in ([], ["global_step_3"]) for names in there)
 
 
-def _small(run: Path, **options: Any) -> Any:
+def _small(run: Path, seed: int = 0, **options: Any) -> Any:
     """A checkpointer of a sharded linear layer."""
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
@@ -287,7 +289,7 @@ def _small(run: Path, **options: Any) -> Any:
 
     if not dist.is_initialized():
         start_runtime(60)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     module = torch.nn.Linear(512, 700)  # 1.4 MB
     fully_shard(module)
     optimizer = torch.optim.AdamW(module.parameters())
@@ -312,7 +314,7 @@ def _fenced(run: Path) -> list[str]:
     from sft_job.errors import JobError
 
     def lost() -> None:
-        if asked:
+        if len(asked) == 2:  # at the start, and before the first checkpoint
             raise JobError(ExitCode.CANNOT_CREATE, "the run folder is held by another run")
         asked.append(1)
 
@@ -332,9 +334,72 @@ def _fenced(run: Path) -> list[str]:
 def test_a_run_that_lost_its_folder_publishes_nothing(tmp_path, ranks) -> None:
     found = ranks(2, _fenced, tmp_path)
     assert found == [["the run folder is held by another run"] * 2] * 2
-    # What it had begun stays: the folder of that name may be the new holder's by now.
-    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
-    assert names == {"global_step_1", "latest", ".saving_global_step_2"}
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"global_step_1", "latest"}
+
+
+class Cut(Files):
+    """Rank 1 of a node that was cut off: it writes its shard when the next holder of the run folder publishes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.go, self.done = folder / "go", folder / "done"
+
+    @contextmanager
+    def writing(self, path: Path) -> Iterator[Any]:
+        late = os.environ["RANK"] == "1" and path.suffix == ".distcp"
+        if late:
+            wait_for(self.go)
+        try:
+            with super().writing(path) as stream:
+                yield stream
+        finally:
+            if late:
+                self.done.touch()
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.01)
+
+
+def _two_holders(run: Path, folder: Path) -> str:
+    """What the old holder's save of step 2 meets, while the new one saves the same step."""
+    from sft_job.checkpoint.checkpointer import Purpose
+    from sft_job.errors import JobError
+
+    cut, lost = Cut(folder), []
+
+    def refused() -> None:
+        if lost:
+            raise JobError(ExitCode.CANNOT_CREATE, "the run folder is held by another run")
+
+    def let_the_old_one_write() -> None:
+        if lost:
+            cut.go.touch()
+            wait_for(cut.done)
+
+    old = _small(run, files=cut, confirm=refused, token="old")
+    old.save(_state(2), Purpose.RECOVERY)
+    new = _small(run, confirm=let_the_old_one_write, token=f"new{os.environ['RANK']}", seed=1)
+    lost.append(1)
+    new.save(_state(2), Purpose.STOP)
+    try:
+        old.stop(_state(3))
+    except JobError as error:
+        return str(error)
+    return ""
+
+
+def test_an_old_holder_does_not_write_into_the_new_ones_checkpoint(tmp_path, ranks) -> None:
+    from sft_job.checkpoint.folder import damage
+
+    run = tmp_path / "run"
+    found = ranks(2, _two_holders, run, tmp_path)
+    assert found[0] == found[1]
+    assert "held by another run" in found[0]
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"global_step_2", "latest"}
+    assert damage(run / "checkpoints" / "global_step_2") is None
 
 
 class Narrow(Files):
