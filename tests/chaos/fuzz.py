@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import io
 import random
+import resource
 import string
 import sys
 import tempfile
@@ -31,6 +32,8 @@ SECONDS = 20.0
 """No config takes longer to be judged."""
 LONGEST = 200_000
 _TELL_SECONDS = 30.0
+_MEMORY = 12 << 30
+"""Bytes of addresses: a config that takes them is a fault with a traceback, not the end of the machine."""
 ANSWERS = frozenset(ExitCode) - {ExitCode.BUG}
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2**31, 2**63, 2**64, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", " "),
@@ -205,6 +208,7 @@ def main() -> int:
     given = parser.parse_args()
     from tests.chaos.inputs import make_inputs
 
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     began = told = time.monotonic()
     codes: Counter[int] = Counter()
     faults = 0
