@@ -372,13 +372,21 @@ class Checkpointer:
         )
 
     def _fits_memory(self, trained: list[torch.nn.Parameter]) -> bool:
-        """Whether every node has room for a copy of the state; otherwise saves are synchronous."""
-        need = 3 * local_bytes(trained) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        """Whether every node has room for a copy of the state; otherwise saves are synchronous.
+
+        Where parameters live in host memory (CPU offload, or no GPU), training has yet to take its own part of it:
+        gradients, and AdamW's two moments where no step was made.
+        """
+        on_host = [p for p in trained if p.device.type == "cpu"]
+        to_come = local_bytes([p for p in on_host if p.grad is None])
+        to_come += 2 * local_bytes([p for p in on_host if p not in self._optimizer.state])
+        need = (3 * local_bytes(trained) + to_come) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         room = available_memory(Path("/proc/meminfo"), Path("/sys/fs/cgroup"))
         short = "" if room is None or need <= _MEMORY_SHARE * room else f"{need / 2**30:.1f} of {room / 2**30:.1f} GiB"
         shorts = [each for each in on_every_rank(lambda: short, group=self._group) if each]
         if shorts:
-            self._tell(f"trainer.async_save: a copy of the state would take {shorts[0]} of host memory: not used")
+            what = "a copy of the state, and what training has yet to take,"
+            self._tell(f"trainer.async_save: {what} would be {shorts[0]} of host memory: not used")
         return not shorts
 
     def _mark_final(self, folder: Path) -> None:

@@ -278,7 +278,7 @@ def test_none_by_default_in_a_short_run(inputs, tmp_path, ranks) -> None:
     assert all(names in ([], ["global_step_3"]) for names in there)
 
 
-def _small(run: Path, seed: int = 0, **options: Any) -> Any:
+def _small(run: Path, seed: int = 0, stepped: bool = True, **options: Any) -> Any:
     """A checkpointer of a sharded linear layer."""
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
@@ -293,9 +293,10 @@ def _small(run: Path, seed: int = 0, **options: Any) -> Any:
     module = torch.nn.Linear(512, 700)  # 1.4 MB
     fully_shard(module)
     optimizer = torch.optim.AdamW(module.parameters())
-    module(torch.ones(1, 512)).sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
+    if stepped:
+        module(torch.ones(1, 512)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
     policy = SavePolicy(frozenset({"model", "optimizer"}))
     options = {"policy": policy, "export_name": "huggingface", "export": lambda folder, meet: "0" * 64, **options}
     checkpointer = Checkpointer(RunFolder(run), module, optimizer, torch.device("cpu"), **options)
@@ -463,6 +464,30 @@ def test_a_stop_removes_nothing(tmp_path, ranks) -> None:
     """What it has no time to read back proves nothing; the next save that was read back tidies up."""
     one, two, three, four = (f"global_step_{step}" for step in range(1, 5))
     assert ranks(2, _one_after_the_other, tmp_path)[0] == [[one], [one, two], [three], [four]]
+
+
+def _in_narrow_memory(run: Path, room: int) -> list[tuple[bool, list[str]]]:
+    import sft_job.checkpoint.checkpointer as room_of_saves
+
+    room_of_saves.available_memory = lambda *_: room
+    found = []
+    for stepped in (True, False):
+        said: list[str] = []
+        found.append((_small(run, stepped=stepped, warn=said.append)._asynchronous, said))
+    return found
+
+
+def test_a_copy_must_fit_beside_what_training_has_yet_to_take(tmp_path, ranks) -> None:
+    """Weights and gradients of 1.4 MB each in host memory; before the first step AdamW's moments are still to come."""
+    weights = 4 * (512 * 700 + 700)
+    need = {True: 4 * weights, False: 6 * weights}  # the copy with its moments, gradients, moments
+    (stepped, _), (fresh, said) = ranks(1, _in_narrow_memory, tmp_path, int(need[True] / 0.8) + 10)[0]
+    assert (stepped, fresh) == (True, False)
+    assert "trainer.async_save: a copy of the state, and what training has yet to take" in said[0]
+    (stepped, _), (fresh, said) = ranks(1, _in_narrow_memory, tmp_path, int(need[False] / 0.8) + 10)[0]
+    assert (stepped, fresh, said) == (True, True, [])
+    (stepped, _), _ = ranks(1, _in_narrow_memory, tmp_path, int(need[True] / 0.8) - 10)[0]
+    assert not stepped
 
 
 class Forgetful(Files):
