@@ -30,6 +30,7 @@ from sft_job.errors import JobError
 
 HUGGINGFACE = "huggingface"
 ADAPTER = "adapter"
+_EXPORT = "hf_model"
 # A disk may take this long; a rank that is gone shows at once, and one that hangs in the training's own collectives.
 _DISK_PATIENCE = timedelta(days=1)
 # After an error elsewhere, a save in flight has this long; the supervisor then ends the ranks.
@@ -220,12 +221,18 @@ class Checkpointer:
         if self._flight is not None and finished >= dist.get_world_size():
             self._land()
 
-    def save(self, state: RunState, purpose: Purpose) -> RunState:
+    def owes_kept(self, step: int) -> bool:
+        """The newest checkpoint is of this step and was not made to be kept, as one of a stop that holds no export."""
+        there = self._newest_state
+        return there is not None and there.step == step and not there.kept
+
+    def save(self, state: RunState, purpose: Purpose, *, kept: bool = False) -> RunState:
         """Begin one checkpoint; the last one and that of a stop are waited for.
 
         Args:
             state: where the run stands.
             purpose: decides what it holds, and what follows from a failure.
+            kept: it counts as a kept one, whatever its purpose.
 
         Returns:
             The state, of an awaited save as it was saved, with the weights' SHA-256 where they were exported.
@@ -243,7 +250,7 @@ class Checkpointer:
         before = self._newest_state if self._newest_state and self._newest_state.step == state.step else None
         held = before.contents if before else ()
         listed = purpose in (Purpose.KEPT, Purpose.LAST)
-        kept = listed or (before is not None and before.kept)
+        kept = kept or listed or (before is not None and before.kept)
         # Between the kept ones a checkpoint holds all that is needed to go on, whatever those hold.
         contents = tuple(n for n in ("model", "optimizer") if n in self._policy.contents or not listed or n in held)
         state = replace(state, kept=kept, contents=contents)
@@ -263,14 +270,22 @@ class Checkpointer:
         saved = self._land()
         return state if saved is None else saved.state
 
-    def stop(self, state: RunState) -> RunState:
-        """Leave with a checkpoint of this step: the one in flight, the newest one, or one more."""
+    def stop(self, state: RunState, *, due: bool = False) -> RunState:
+        """Leave with a checkpoint of this step: the one in flight, the newest one, or one more.
+
+        Quickly, as schedulers kill what takes its time: nothing is exported, read back or removed any more.
+
+        Args:
+            state: where the run stands.
+            due: ``save_freq`` asks for a kept one at this step. This is it, unless that would hold an export.
+        """
         if self._flight is not None:
-            self._land(judge=False)
+            with self._writing.hurried():
+                self._land(judge=False)
         there = self._newest_state
         if there is not None and there.step == state.step and there.resumable:
             return state
-        return self.save(state, Purpose.STOP)
+        return self.save(state, Purpose.STOP, kept=due and _EXPORT not in self._policy.contents)
 
     def finish(self, step: int) -> None:
         """Let ``final`` point at the checkpoint of the last step: the run is done."""
@@ -283,7 +298,7 @@ class Checkpointer:
 
     def _order(self, state: RunState, purpose: Purpose) -> Order | Saved:
         """What to write, staged; an export is written at once, for it needs the live model and all ranks."""
-        exported = purpose is Purpose.LAST or ("hf_model" in self._policy.contents and state.kept)
+        exported = purpose is Purpose.LAST or (_EXPORT in self._policy.contents and state.kept)
         (tensors, need), failure = _tried(lambda: self._tensors(state, exported), ({}, 0))
         if exported:
             on_every_rank(_raise, failure, group=self._group)

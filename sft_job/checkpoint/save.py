@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,7 @@ class Writing:
         self._announce = announce
         self._files = files
         self._writer: ShardWriter | None = None
+        self._hurry = threading.Event()
 
     @property
     def bytes_written(self) -> int:
@@ -126,13 +128,22 @@ class Writing:
                 there = on_first_rank(self._begin_or_find, order, group=self._group)
                 if there is not None:
                     return Saved(self._run.step(order.state.step), there)
-            known = self._write(order)
-            return on_first_rank(self._publish, order, known, group=self._group)
+            known, verified = self._write(order)
+            return on_first_rank(self._publish, order, known, verified, group=self._group)
         except Exception:
             self.drop()
             raise
         finally:
             self._writer = None
+
+    @contextmanager
+    def hurried(self) -> Iterator[None]:
+        """Inside, the order in flight is no longer read back where it has not begun to be; then it removes nothing."""
+        self._hurry.set()
+        try:
+            yield
+        finally:
+            self._hurry.clear()
 
     def drop(self) -> None:
         """Remove what a save that failed has left, on rank 0; every rank has stopped writing."""
@@ -150,8 +161,8 @@ class Writing:
             begin(self._run, self.temporary(order.state.step), order.need, self._files)
         return there
 
-    def _write(self, order: Order) -> dict[str, Content]:
-        """Every rank's shards; their content on every rank, verified where that is asked for."""
+    def _write(self, order: Order) -> tuple[dict[str, Content], bool]:
+        """Every rank's shards; their content on every rank, and whether all of it was read back."""
         folder = self.temporary(order.state.step)
         local = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         threads = max(1, len(os.sched_getaffinity(0)) // local)
@@ -165,22 +176,24 @@ class Writing:
                 raise OSError(next(filter(None, cause))) from None
             raise
         found = on_every_rank(self._checked, folder, mine, order.verify, group=self._group)
-        return {name: content for part in found for name, content in part.items()}
+        known = {name: content for part, _ in found for name, content in part.items()}
+        return known, all(verified for _, verified in found)
 
-    def _checked(self, folder: Path, mine: dict[str, Content], verify: bool) -> dict[str, Content]:
+    def _checked(self, folder: Path, mine: dict[str, Content], verify: bool) -> tuple[dict[str, Content], bool]:
+        verify = verify and not self._hurry.is_set()
         changed = changed_on_disk(folder, mine, self._files) if verify else None
         if changed is not None:
             raise OSError(changed)
-        return mine
+        return mine, verify
 
-    def _publish(self, order: Order, known: dict[str, Content]) -> Saved:
+    def _publish(self, order: Order, known: dict[str, Content], verified: bool) -> Saved:
         run, state = self._run, order.state
         temporary = self.temporary(state.step)
         with self._files.writing(temporary / STATE_FILE) as file:
             file.write(state.to_json().encode("utf-8"))
         folder = publish(run, state.step, temporary, known, self._confirm, self._files)
         note = ""
-        if order.verify:
+        if verified:
             # A save on the way out deletes nothing: it is not read back, for a scheduler will not wait for that.
             try:
                 prune(run, folder, self._keep, self._files)
@@ -201,7 +214,7 @@ def already_there(run: RunFolder, wanted: RunState) -> RunState | None:
     folder = run.step(wanted.step)
     refuse_link(folder)
     there = state_or_none(folder)
-    holds = there is not None and set(wanted.contents) <= set(there.contents)
+    holds = there is not None and set(wanted.contents) <= set(there.contents) and (there.kept or not wanted.kept)
     return there if holds and damage(folder) is None else None
 
 

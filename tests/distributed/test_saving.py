@@ -403,6 +403,42 @@ def test_an_old_holder_does_not_write_into_the_new_ones_checkpoint(tmp_path, ran
     assert damage(run / "checkpoints" / "global_step_2") is None
 
 
+class Patient(Files):
+    """Writes no shard of the second step before the run is asked to stop."""
+
+    def __init__(self) -> None:
+        self.hurried = threading.Event()
+        self.read: list[str] = []
+
+    def before(self, operation: str, path: Path) -> None:
+        if operation == "open" and path.suffix == ".distcp" and path.parent.name.endswith("_2"):
+            assert self.hurried.wait(PATIENCE)
+
+    def read_back(self, path: Path) -> Any:
+        self.read.append(path.parent.name.rpartition("_")[2])
+        return super().read_back(path)
+
+
+def _stopped_within_a_save(run: Path) -> tuple[list[str], list[str]]:
+    from sft_job.checkpoint.checkpointer import Purpose
+
+    files = Patient()
+    checkpointer = _small(run, files=files)
+    files.hurried = checkpointer._writing._hurry
+    checkpointer.save(_state(1), Purpose.RECOVERY)
+    checkpointer._flight.work.wait(PATIENCE)
+    checkpointer.save(_state(2), Purpose.RECOVERY)
+    checkpointer.stop(_state(3))
+    return files.read, folders(run)
+
+
+def test_a_stop_does_not_wait_for_a_save_to_be_read_back(tmp_path, ranks) -> None:
+    """What was not read back removes nothing either."""
+    for read, left in ranks(2, _stopped_within_a_save, tmp_path):
+        assert set(read) == {"1"}
+        assert left == ["global_step_1", "global_step_2", "global_step_3"]
+
+
 class Narrow(Files):
     """There is room for one checkpoint and a half."""
 
@@ -454,7 +490,9 @@ def _one_after_the_other(run: Path) -> list[list[str]]:
     found = []
     for step, purpose in enumerate((Purpose.RECOVERY, Purpose.STOP, Purpose.RECOVERY, Purpose.KEPT), start=1):
         checkpointer.save(_state(step), purpose)
-        checkpointer.stop(_state(step))
+        if purpose is not Purpose.STOP:
+            checkpointer._flight.work.wait(PATIENCE)
+        checkpointer.collect(2.0)
         found.append(folders(run) if os.environ["RANK"] == "0" else [])
         torch.distributed.barrier()
     return found
