@@ -17,7 +17,14 @@ import torch.distributed as dist
 from torch import nn
 
 from sft_job.checkpoint.background import Background
-from sft_job.checkpoint.distributed import is_disk_failure, load_tensors, on_every_rank, on_first_rank, trained_tensors
+from sft_job.checkpoint.distributed import (
+    is_disk_failure,
+    is_host_memory,
+    load_tensors,
+    on_every_rank,
+    on_first_rank,
+    trained_tensors,
+)
 from sft_job.checkpoint.files import Files
 from sft_job.checkpoint.folder import clear_leftovers, mark_final, state_or_none
 from sft_job.checkpoint.save import Order, Saved, Writing, already_there, begin, bytes_needed
@@ -26,7 +33,7 @@ from sft_job.checkpoint.state import RunState
 from sft_job.config.schema import TrainerConfig
 from sft_job.contract import ExitCode, RunFolder
 from sft_job.data.shm import available_memory
-from sft_job.errors import JobError
+from sft_job.errors import JobError, shorten
 
 HUGGINGFACE = "huggingface"
 ADAPTER = "adapter"
@@ -260,12 +267,14 @@ class Checkpointer:
             self._writing.drop()
             self._judge(purpose, state.step, error)
             return state
+        if order is None:
+            return state
         if isinstance(order, Saved):
             self._published(order.folder, order.state)
             return order.state
         work = Background(lambda: self._carry_out(order))
         self._flight = _Flight(purpose, order, work, began, time.monotonic() - began)
-        if self._asynchronous and not purpose.awaited:
+        if order.staged and not purpose.awaited:
             return state
         saved = self._land()
         return state if saved is None else saved.state
@@ -296,8 +305,11 @@ class Checkpointer:
         if self._flight is None or self._flight.work.wait(_CLOSE_SECONDS):
             self._staging.close()
 
-    def _order(self, state: RunState, purpose: Purpose) -> Order | Saved:
-        """What to write, staged; an export is written at once, for it needs the live model and all ranks."""
+    def _order(self, state: RunState, purpose: Purpose) -> Order | Saved | None:
+        """What to write, staged; an export is written at once, for it needs the live model and all ranks.
+
+        None for a recovery checkpoint that there is no memory for.
+        """
         exported = purpose is Purpose.LAST or (_EXPORT in self._policy.contents and state.kept)
         (tensors, need), failure = _tried(lambda: self._tensors(state, exported), ({}, 0))
         if exported:
@@ -307,9 +319,20 @@ class Checkpointer:
                 return Saved(self._run.step(state.step), there)  # an earlier start got this far and no further
             self._on_first(begin, self._run, self._writing.temporary(state.step), need, self._files)
             state = replace(state, weights_sha256=self._exported(self._writing.temporary(state.step)))
-        if self._asynchronous and failure is None:
-            tensors, failure = _tried(lambda: self._staging.stage(tensors), {})
-        return Order(state, tensors, need, begun=exported, verify=purpose is not Purpose.STOP, failure=failure)
+        live, before, staged = tensors, failure, self._asynchronous
+        if staged:
+            if failure is None:
+                tensors, failure = _tried(lambda: self._staging.stage(live), {})
+            if any(shorts := self._each(_shortage, failure)):
+                self._staging.drop()
+                what = f"step {state.step}: no host memory for a copy of the state ({next(filter(None, shorts))})"
+                if purpose is Purpose.RECOVERY:
+                    self._tell(f"{what}: no recovery checkpoint this time")
+                    return None
+                self._tell(f"{what}: training waits until it is saved")
+                tensors, failure, staged = live, before, False
+        verify = purpose is not Purpose.STOP
+        return Order(state, tensors, need, begun=exported, staged=staged, verify=verify, failure=failure)
 
     def _tensors(self, state: RunState, exported: bool) -> tuple[dict[str, Any], int]:
         """This rank's part, and the bytes that all ranks will write."""
@@ -335,7 +358,7 @@ class Checkpointer:
     def _carry_out(self, order: Order) -> Saved:
         def ready() -> None:
             _raise(order.failure)
-            if self._asynchronous:
+            if order.staged:
                 self._staging.wait()
 
         return self._writing.carry_out(order, ready)
@@ -365,14 +388,17 @@ class Checkpointer:
 
     def _judge(self, purpose: Purpose, step: int, error: Exception, *, may_end: bool = True) -> None:
         """What follows from a save that failed: an end, or a warning; the same on every rank."""
-        if isinstance(error, JobError) or not is_disk_failure(error):
+        memory = is_host_memory(error)
+        if isinstance(error, JobError) or not (memory or is_disk_failure(error)):
             raise error
+        fix = "more host memory, or fewer ranks on this node" if memory else "free space"
         text = (
-            f"cannot save step {step} in {self._run.checkpoints}: {' '.join(str(error).split())[:200]}\n    fix: free "
-            f"space; the run goes on from {self.newest.name if self.newest else 'its beginning'}"
+            f"cannot save step {step} in {self._run.checkpoints}: {' '.join(str(error).split())[:200]}\n    "
+            f"fix: {fix}; the run goes on from {self.newest.name if self.newest else 'its beginning'}"
         )
         if purpose.awaited or (may_end and purpose is Purpose.KEPT and self._policy.end_on_failure):
-            raise JobError(ExitCode.CANNOT_CREATE, text) from error
+            code = ExitCode.OUT_OF_MEMORY if memory else ExitCode.CANNOT_CREATE
+            raise JobError(code, f"out of host memory: {text}" if memory else text) from error
         self._tell(f"{text} (training goes on, the next save tries again)")
 
     def _published(self, folder: Path, state: RunState | None) -> None:
@@ -416,6 +442,9 @@ class Checkpointer:
     def _on_first(self, action: Callable[..., Any], *arguments: object) -> Any:
         return on_first_rank(action, *arguments, group=self._group)
 
+    def _each(self, action: Callable[..., _T], *arguments: object) -> list[_T]:
+        return on_every_rank(action, *arguments, group=self._group)
+
     def _as_file_work(self, action: Callable[..., Any], *arguments: object) -> Any:
         try:
             return self._on_first(action, *arguments)
@@ -429,6 +458,11 @@ def _tried(make: Callable[[], _T], otherwise: _T) -> tuple[_T, Exception | None]
         return make(), None
     except Exception as error:
         return otherwise, error
+
+
+def _shortage(error: Exception | None) -> str:
+    """What says that host memory ran out; '' for anything else."""
+    return shorten(" ".join(str(error).split()), 200) or "MemoryError" if error and is_host_memory(error) else ""
 
 
 def _raise(error: Exception | None) -> None:

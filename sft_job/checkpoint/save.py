@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from sft_job.checkpoint.distributed import on_every_rank, on_first_rank, save_tensors
+from sft_job.checkpoint.distributed import is_host_memory, on_every_rank, on_first_rank, save_tensors
 from sft_job.checkpoint.files import Content, Files
 from sft_job.checkpoint.folder import (
     changed_on_disk,
@@ -44,6 +44,7 @@ class Order:
         tensors: this rank's part; nobody changes them until the save is over.
         need: bytes that all ranks will write.
         begun: the temporary folder is there already, with the export in it.
+        staged: the tensors are copies; others must not change before the save is over.
         verify: read everything back before it is published, and then remove what it makes superfluous.
         failure: what this rank met while it put the order together; no rank then carries it out.
     """
@@ -52,6 +53,7 @@ class Order:
     tensors: dict[str, Any]
     need: int
     begun: bool
+    staged: bool
     verify: bool
     failure: Exception | None = None
 
@@ -171,13 +173,19 @@ class Writing:
             mine = save_tensors(order.tensors, self._writer, self._group)
         except Exception:
             # torch's writer turns a full disk into an error of its own; the first cause says more.
-            cause = on_every_rank(lambda: self._writer and _shown(self._writer.error), group=self._group)
-            if any(cause):
-                raise OSError(next(filter(None, cause))) from None
+            for cause in filter(None, on_every_rank(self._cause, group=self._group)):
+                raise cause from None
             raise
         found = on_every_rank(self._checked, folder, mine, order.verify, group=self._group)
         known = {name: content for part, _ in found for name, content in part.items()}
         return known, all(verified for _, verified in found)
+
+    def _cause(self) -> Exception | None:
+        """What this rank's files met, as an error that can travel."""
+        error = self._writer.error if self._writer is not None else None
+        if error is None:
+            return None
+        return MemoryError(str(error)) if is_host_memory(error) else OSError(str(error))
 
     def _checked(self, folder: Path, mine: dict[str, Content], verify: bool) -> tuple[dict[str, Content], bool]:
         verify = verify and not self._hurry.is_set()
@@ -203,10 +211,6 @@ class Writing:
             self._announce(folder)
         total = sum((folder / name).stat().st_size for name in files_below(folder))
         return Saved(folder, state, total, note)
-
-
-def _shown(error: Exception | None) -> str:
-    return "" if error is None else str(error)
 
 
 def already_there(run: RunFolder, wanted: RunState) -> RunState | None:

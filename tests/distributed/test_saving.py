@@ -624,13 +624,14 @@ def test_memory_for_a_copy(tmp_path, ranks, world) -> None:
     assert ranks(world, _twins, tmp_path) == [[True, True]] * world
 
 
-def _unstaged(run: Path, error: Exception) -> tuple[list[str], list[str]]:
-    """Rank 1 cannot copy the state of step 2; step 3 follows."""
+def _unstaged(run: Path, error: Exception, purpose: str) -> tuple[list[str], list[str], list[list[str]]]:
+    """Rank 1 cannot copy the state of step 2; step 3 follows. Errors, warnings, what there was after each."""
     from sft_job.checkpoint.checkpointer import Purpose, SavePolicy
 
     policy = SavePolicy(frozenset({"model", "optimizer"}), keep=1, end_on_failure=False)
     said: list[str] = []
     errors: list[str] = []
+    there: list[list[str]] = []
     checkpointer = _small(run, policy=policy, warn=said.append)
     stage = checkpointer._staging.stage
 
@@ -641,32 +642,93 @@ def _unstaged(run: Path, error: Exception) -> tuple[list[str], list[str]]:
         broken = step == 2 and os.environ["RANK"] == "1"
         checkpointer._staging.stage = fail if broken else stage
         try:
-            checkpointer.save(_state(step), Purpose.KEPT)
+            checkpointer.save(_state(step), Purpose(purpose) if step == 2 else Purpose.KEPT)
+            if checkpointer._flight is not None:
+                assert step != 2 or "memory" not in str(error)
+                checkpointer._flight.work.wait(PATIENCE)
             checkpointer.collect(2.0)
         except Exception as caught:
             errors.append(str(caught))
-    return errors, said
+        torch.distributed.barrier()
+        there.append(folders(run))
+        torch.distributed.barrier()
+    return errors, said, there
+
+
+ONE, TWO, THREE = (["global_step_1"], ["global_step_2"], ["global_step_3"])
 
 
 @pytest.mark.parametrize(
-    ("error", "ends"),
+    "error",
     [
-        (OSError(12, "Cannot allocate memory"), True),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory"), True),
-        (OSError(5, "Input/output error"), False),
+        OSError(12, "Cannot allocate memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory"),
+        MemoryError("no memory"),
     ],
-    ids=["mmap", "torch", "disk"],
+    ids=["mmap", "torch", "python"],
 )
-def test_what_one_rank_meets_before_it_writes_all_hear_of(tmp_path, ranks, error, ends) -> None:
+@pytest.mark.parametrize(
+    ("purpose", "left"),
+    [("kept", [ONE, TWO, THREE]), ("recovery", [ONE, ONE, THREE]), ("stop", [ONE, ONE + TWO, THREE])],
+)
+def test_without_memory_for_a_copy_it_is_saved_without_one(tmp_path, ranks, error, purpose, left) -> None:
+    """Training waits for it then; a recovery checkpoint is left out."""
     from sft_job.checkpoint.folder import damage
 
-    found = ranks(2, _unstaged, tmp_path, error, timeout=30.0)
+    found = ranks(2, _unstaged, tmp_path, error, purpose, timeout=30.0)
     assert found[0] == found[1]
-    errors, said = found[0]
-    assert (len(errors), len(said)) == ((1, 0) if ends else (0, 1))
-    assert str(error) in (errors + said)[0]
-    assert folders(tmp_path) == ["global_step_3"]
+    errors, said, there = found[0]
+    assert errors == []
+    (line,) = said
+    assert line.startswith("step 2: no host memory for a copy of the state")
+    assert str(error)[:40] in line
+    assert there == left
     assert damage(tmp_path / "checkpoints" / "global_step_3") is None
+
+
+def test_what_one_rank_meets_before_it_writes_all_hear_of(tmp_path, ranks) -> None:
+    found = ranks(2, _unstaged, tmp_path, OSError(5, "Input/output error"), "kept", timeout=30.0)
+    assert found[0] == found[1]
+    errors, said, there = found[0]
+    assert (errors, len(said)) == ([], 1)
+    assert "Input/output error" in said[0]
+    assert there == [ONE, ONE, THREE]
+
+
+class Starved(Files):
+    """There is no memory to write with, on rank 1."""
+
+    def before(self, operation: str, path: Path) -> None:
+        if os.environ["RANK"] == "1" and operation == "write":
+            raise MemoryError("no memory")
+
+
+def _starved(run: Path, purpose: str) -> tuple[int, str, list[str]]:
+    from sft_job.checkpoint.checkpointer import Purpose
+    from sft_job.errors import JobError
+
+    said: list[str] = []
+    checkpointer = _small(run, files=Starved(), warn=said.append)
+    try:
+        checkpointer.save(_state(1), Purpose(purpose))
+        checkpointer._land()
+    except JobError as error:
+        return int(error.code), str(error), said
+    return 0, "", said
+
+
+@pytest.mark.parametrize("purpose", ["kept", "stop", "recovery"])
+def test_memory_that_runs_out_while_it_is_written(tmp_path, ranks, purpose) -> None:
+    """A recovery checkpoint may fail; an end for want of host memory is no bug, and says what it is."""
+    found = ranks(2, _starved, tmp_path, purpose)
+    assert found[0] == found[1]
+    code, message, said = found[0]
+    assert code == (0 if purpose == "recovery" else ExitCode.OUT_OF_MEMORY)
+    text = (said or [message])[0]
+    assert "cannot save step 1" in text
+    assert "fix: more host memory" in text
+    assert message.startswith("out of host memory") or purpose == "recovery"
+    assert folders(tmp_path) == []
 
 
 def _without_optimizer(run: Path) -> list[list[str]]:
