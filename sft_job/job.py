@@ -148,12 +148,29 @@ class Job:
             raise JobError(ExitCode.OUT_OF_MEMORY, out_of_memory_text(error, where, kinds, advice)) from error
 
     def close(self) -> None:
-        """Close what is still open, also after an error."""
-        self.checkpointer.close()
-        if self.store is not None:
-            self.store.close(_STOP_UPLOAD_SECONDS)
-        if self.loggers is not None:
-            self.loggers.close()
+        """Close what is still open, also after an error; one that cannot be closed leaves none of the others open.
+
+        Raises:
+            JobError: ``metrics.jsonl`` cannot be written (73).
+        """
+        with contextlib.ExitStack() as closing:  # the last one first
+            if self.loggers is not None:
+                closing.callback(self.loggers.close)
+            if self.store is not None:
+                closing.callback(self.store.close, _STOP_UPLOAD_SECONDS)
+            closing.callback(self.checkpointer.close)
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Close; after an error that one is what the run ends with, whatever cannot be closed."""
+        try:
+            self.close()
+        except Exception as late:
+            if error is None:
+                raise
+            log.warning("after that error: %s", late)
 
 
 def train(config: JobConfig, runtime: Runtime, stop: StopWish) -> Ending | None:
@@ -168,7 +185,7 @@ def train(config: JobConfig, runtime: Runtime, stop: StopWish) -> Ending | None:
     if start.finished:
         return None
     began = time.monotonic()
-    with contextlib.closing(build_job(config, runtime, stop, start)) as job:
+    with build_job(config, runtime, stop, start) as job:
         if stop.deadline is not None:
             # A save writes what was loaded and reads it for its checksums; a base model comes without its AdamW states.
             times = 2 if start.checkpoint is not None else 4
@@ -244,6 +261,7 @@ def build_job(config: JobConfig, runtime: Runtime, stop: StopWish, start: Start,
         confirm=confirm_lock(run, os.environ),
         warn=None if loggers is None else loggers.warning,
         files=files,
+        token=os.environ.get(Env.LOCK),
     )
     checkpointer.prepare()
     if start.checkpoint is not None:

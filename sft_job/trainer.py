@@ -148,26 +148,29 @@ class Trainer:
 
     def run(self, batches: Iterable[StepBatch]) -> Ending:
         """Go through the batches, one optimizer step each; they start at the state's step."""
-        # A stop may have left the validation of the step that it saved at.
-        owed = 0 < self._state.step < self.schedule.total_steps and self.schedule.tests_at(self._state.step)
-        if owed and not self._validate():
-            return self._stopped()
+        begun_at = self._state.step
+        if 0 < begun_at < self.schedule.total_steps:
+            # A stop may have left the kept checkpoint or the validation of the step that it saved at.
+            if self.schedule.saves_at(begun_at) and self._checkpointer.owes_kept(begun_at):
+                self._save(Purpose.KEPT)
+            if self.schedule.tests_at(begun_at) and not self._validate():
+                return self._stopped()
         for batch in self._timed(batches):
             result = self.train_step(batch)
             self._advance(batch, result)
             self._log_step(result)
             step = self._state.step
+            if result.stop:
+                return self._stopped()  # what is due at this step can wait for the next start, a scheduler cannot
             if step == self.schedule.total_steps:
                 break
             self._checkpointer.collect(result.saves_over)
             # Saved before it is validated: a validation may take longer than a scheduler waits.
             if self.schedule.saves_at(step):
                 self._save(Purpose.KEPT)
-            elif result.stop:
-                self._save(Purpose.STOP)
             elif result.recovery_due:
                 self._save(Purpose.RECOVERY)
-            if result.stop or (self.schedule.tests_at(step) and not self._validate()):
+            if self.schedule.tests_at(step) and not self._validate():
                 return self._stopped()
         return self._finish()
 
@@ -181,7 +184,7 @@ class Trainer:
 
     def _stopped(self) -> Ending:
         with self._runtime.pulse.phase(SAVING):
-            self._state = self._checkpointer.stop(self._state)
+            self._state = self._checkpointer.stop(self._state, due=self.schedule.saves_at(self._state.step))
         return Ending(True, self._state)
 
     def _timed(self, batches: Iterable[StepBatch]) -> Iterator[StepBatch]:

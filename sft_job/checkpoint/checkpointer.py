@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import os
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -16,19 +17,27 @@ import torch.distributed as dist
 from torch import nn
 
 from sft_job.checkpoint.background import Background
-from sft_job.checkpoint.distributed import is_disk_failure, load_tensors, on_every_rank, on_first_rank, trained_tensors
+from sft_job.checkpoint.distributed import (
+    is_disk_failure,
+    is_host_memory,
+    load_tensors,
+    on_every_rank,
+    on_first_rank,
+    trained_tensors,
+)
 from sft_job.checkpoint.files import Files
-from sft_job.checkpoint.folder import clear_leftovers, mark_final, state_or_none, temporary_folder
+from sft_job.checkpoint.folder import clear_leftovers, mark_final, state_or_none
 from sft_job.checkpoint.save import Order, Saved, Writing, already_there, begin, bytes_needed
 from sft_job.checkpoint.staging import Staging, global_bytes, local_bytes
 from sft_job.checkpoint.state import RunState
 from sft_job.config.schema import TrainerConfig
 from sft_job.contract import ExitCode, RunFolder
 from sft_job.data.shm import available_memory
-from sft_job.errors import JobError
+from sft_job.errors import JobError, shorten
 
 HUGGINGFACE = "huggingface"
 ADAPTER = "adapter"
+_EXPORT = "hf_model"
 # A disk may take this long; a rank that is gone shows at once, and one that hangs in the training's own collectives.
 _DISK_PATIENCE = timedelta(days=1)
 # After an error elsewhere, a save in flight has this long; the supervisor then ends the ranks.
@@ -130,6 +139,7 @@ class Checkpointer:
             run on all ranks alike, and the checkpoint is not published.
         warn: takes a line for the user, on any thread; None on ranks that have no one to tell.
         files: does the file operations.
+        token: of this start, part of the names of its temporary folders; rank 0's holds, None = a new one.
     """
 
     def __init__(
@@ -145,6 +155,7 @@ class Checkpointer:
         confirm: Callable[[], None] | None = None,
         warn: Callable[[str], None] | None = None,
         files: Files | None = None,
+        token: str | None = None,
     ) -> None:
         self._run = run
         self._module = module
@@ -157,7 +168,9 @@ class Checkpointer:
         self._files = files or Files()
         self._asynchronous = policy.asynchronous
         self._group: Any = dist.new_group(backend="gloo", timeout=_DISK_PATIENCE)
-        self._writing = Writing(run, self._group, policy.keep, confirm, on_published, self._files)
+        self._confirm = confirm
+        agreed: str = self._on_first(lambda: token or uuid.uuid4().hex)
+        self._writing = Writing(run, agreed, self._group, policy.keep, confirm, on_published, self._files)
         self._staging = Staging(device)
         self._flight: _Flight | None = None
         self._measured: dict[tuple[bool, tuple[str, ...]], int] = {}
@@ -170,7 +183,7 @@ class Checkpointer:
 
     def prepare(self) -> None:
         """Make the folder, clear what an interrupted save left, and begin to make room in memory."""
-        self._as_file_work(_make_checkpoint_folder, self._run, self._files)
+        self._as_file_work(_make_checkpoint_folder, self._run, self._confirm, self._files)
         trained = [p for p in self._module.parameters() if p.requires_grad]
         if self._asynchronous and not self._fits_memory(trained):
             self._asynchronous = False
@@ -215,12 +228,18 @@ class Checkpointer:
         if self._flight is not None and finished >= dist.get_world_size():
             self._land()
 
-    def save(self, state: RunState, purpose: Purpose) -> RunState:
+    def owes_kept(self, step: int) -> bool:
+        """The newest checkpoint is of this step and was not made to be kept, as one of a stop that holds no export."""
+        there = self._newest_state
+        return there is not None and there.step == step and not there.kept
+
+    def save(self, state: RunState, purpose: Purpose, *, kept: bool = False) -> RunState:
         """Begin one checkpoint; the last one and that of a stop are waited for.
 
         Args:
             state: where the run stands.
             purpose: decides what it holds, and what follows from a failure.
+            kept: it counts as a kept one, whatever its purpose.
 
         Returns:
             The state, of an awaited save as it was saved, with the weights' SHA-256 where they were exported.
@@ -238,7 +257,7 @@ class Checkpointer:
         before = self._newest_state if self._newest_state and self._newest_state.step == state.step else None
         held = before.contents if before else ()
         listed = purpose in (Purpose.KEPT, Purpose.LAST)
-        kept = listed or (before is not None and before.kept)
+        kept = kept or listed or (before is not None and before.kept)
         # Between the kept ones a checkpoint holds all that is needed to go on, whatever those hold.
         contents = tuple(n for n in ("model", "optimizer") if n in self._policy.contents or not listed or n in held)
         state = replace(state, kept=kept, contents=contents)
@@ -248,24 +267,34 @@ class Checkpointer:
             self._writing.drop()
             self._judge(purpose, state.step, error)
             return state
+        if order is None:
+            return state
         if isinstance(order, Saved):
             self._published(order.folder, order.state)
             return order.state
         work = Background(lambda: self._carry_out(order))
         self._flight = _Flight(purpose, order, work, began, time.monotonic() - began)
-        if self._asynchronous and not purpose.awaited:
+        if order.staged and not purpose.awaited:
             return state
         saved = self._land()
         return state if saved is None else saved.state
 
-    def stop(self, state: RunState) -> RunState:
-        """Leave with a checkpoint of this step: the one in flight, the newest one, or one more."""
+    def stop(self, state: RunState, *, due: bool = False) -> RunState:
+        """Leave with a checkpoint of this step: the one in flight, the newest one, or one more.
+
+        Quickly, as schedulers kill what takes its time: nothing is exported, read back or removed any more.
+
+        Args:
+            state: where the run stands.
+            due: ``save_freq`` asks for a kept one at this step. This is it, unless that would hold an export.
+        """
         if self._flight is not None:
-            self._land(judge=False)
+            with self._writing.hurried():
+                self._land(judge=False)
         there = self._newest_state
         if there is not None and there.step == state.step and there.resumable:
             return state
-        return self.save(state, Purpose.STOP)
+        return self.save(state, Purpose.STOP, kept=due and _EXPORT not in self._policy.contents)
 
     def finish(self, step: int) -> None:
         """Let ``final`` point at the checkpoint of the last step: the run is done."""
@@ -276,20 +305,34 @@ class Checkpointer:
         if self._flight is None or self._flight.work.wait(_CLOSE_SECONDS):
             self._staging.close()
 
-    def _order(self, state: RunState, purpose: Purpose) -> Order | Saved:
-        """What to write, staged; an export is written at once, for it needs the live model and all ranks."""
-        exported = purpose is Purpose.LAST or ("hf_model" in self._policy.contents and state.kept)
+    def _order(self, state: RunState, purpose: Purpose) -> Order | Saved | None:
+        """What to write, staged; an export is written at once, for it needs the live model and all ranks.
+
+        None for a recovery checkpoint that there is no memory for.
+        """
+        exported = purpose is Purpose.LAST or (_EXPORT in self._policy.contents and state.kept)
         (tensors, need), failure = _tried(lambda: self._tensors(state, exported), ({}, 0))
         if exported:
             on_every_rank(_raise, failure, group=self._group)
             there = self._on_first(already_there, self._run, state)
             if there is not None and there.weights_sha256:
                 return Saved(self._run.step(state.step), there)  # an earlier start got this far and no further
-            self._on_first(begin, self._run, state.step, need, self._files)
-            state = replace(state, weights_sha256=self._exported(temporary_folder(self._run, state.step)))
-        if self._asynchronous and failure is None:
-            tensors, failure = _tried(lambda: self._staging.stage(tensors), {})
-        return Order(state, tensors, need, begun=exported, verify=purpose is not Purpose.STOP, failure=failure)
+            self._on_first(begin, self._run, self._writing.temporary(state.step), need, self._files)
+            state = replace(state, weights_sha256=self._exported(self._writing.temporary(state.step)))
+        live, before, staged = tensors, failure, self._asynchronous
+        if staged:
+            if failure is None:
+                tensors, failure = _tried(lambda: self._staging.stage(live), {})
+            if any(shorts := self._each(_shortage, failure)):
+                self._staging.drop()
+                what = f"step {state.step}: no host memory for a copy of the state ({next(filter(None, shorts))})"
+                if purpose is Purpose.RECOVERY:
+                    self._tell(f"{what}: no recovery checkpoint this time")
+                    return None
+                self._tell(f"{what}: training waits until it is saved")
+                tensors, failure, staged = live, before, False
+        verify = purpose is not Purpose.STOP
+        return Order(state, tensors, need, begun=exported, staged=staged, verify=verify, failure=failure)
 
     def _tensors(self, state: RunState, exported: bool) -> tuple[dict[str, Any], int]:
         """This rank's part, and the bytes that all ranks will write."""
@@ -315,7 +358,7 @@ class Checkpointer:
     def _carry_out(self, order: Order) -> Saved:
         def ready() -> None:
             _raise(order.failure)
-            if self._asynchronous:
+            if order.staged:
                 self._staging.wait()
 
         return self._writing.carry_out(order, ready)
@@ -345,14 +388,17 @@ class Checkpointer:
 
     def _judge(self, purpose: Purpose, step: int, error: Exception, *, may_end: bool = True) -> None:
         """What follows from a save that failed: an end, or a warning; the same on every rank."""
-        if isinstance(error, JobError) or not is_disk_failure(error):
+        memory = is_host_memory(error)
+        if isinstance(error, JobError) or not (memory or is_disk_failure(error)):
             raise error
+        fix = "more host memory, or fewer ranks on this node" if memory else "free space"
         text = (
-            f"cannot save step {step} in {self._run.checkpoints}: {' '.join(str(error).split())[:200]}\n    fix: free "
-            f"space; the run goes on from {self.newest.name if self.newest else 'its beginning'}"
+            f"cannot save step {step} in {self._run.checkpoints}: {' '.join(str(error).split())[:200]}\n    "
+            f"fix: {fix}; the run goes on from {self.newest.name if self.newest else 'its beginning'}"
         )
         if purpose.awaited or (may_end and purpose is Purpose.KEPT and self._policy.end_on_failure):
-            raise JobError(ExitCode.CANNOT_CREATE, text) from error
+            code = ExitCode.OUT_OF_MEMORY if memory else ExitCode.CANNOT_CREATE
+            raise JobError(code, f"out of host memory: {text}" if memory else text) from error
         self._tell(f"{text} (training goes on, the next save tries again)")
 
     def _published(self, folder: Path, state: RunState | None) -> None:
@@ -367,13 +413,21 @@ class Checkpointer:
         )
 
     def _fits_memory(self, trained: list[torch.nn.Parameter]) -> bool:
-        """Whether every node has room for a copy of the state; otherwise saves are synchronous."""
-        need = 3 * local_bytes(trained) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        """Whether every node has room for a copy of the state; otherwise saves are synchronous.
+
+        Where parameters live in host memory (CPU offload, or no GPU), training has yet to take its own part of it:
+        gradients, and AdamW's two moments where no step was made.
+        """
+        on_host = [p for p in trained if p.device.type == "cpu"]
+        to_come = local_bytes([p for p in on_host if p.grad is None])
+        to_come += 2 * local_bytes([p for p in on_host if p not in self._optimizer.state])
+        need = (3 * local_bytes(trained) + to_come) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         room = available_memory(Path("/proc/meminfo"), Path("/sys/fs/cgroup"))
         short = "" if room is None or need <= _MEMORY_SHARE * room else f"{need / 2**30:.1f} of {room / 2**30:.1f} GiB"
         shorts = [each for each in on_every_rank(lambda: short, group=self._group) if each]
         if shorts:
-            self._tell(f"trainer.async_save: a copy of the state would take {shorts[0]} of host memory: not used")
+            what = "a copy of the state, and what training has yet to take,"
+            self._tell(f"trainer.async_save: {what} would be {shorts[0]} of host memory: not used")
         return not shorts
 
     def _mark_final(self, folder: Path) -> None:
@@ -387,6 +441,9 @@ class Checkpointer:
 
     def _on_first(self, action: Callable[..., Any], *arguments: object) -> Any:
         return on_first_rank(action, *arguments, group=self._group)
+
+    def _each(self, action: Callable[..., _T], *arguments: object) -> list[_T]:
+        return on_every_rank(action, *arguments, group=self._group)
 
     def _as_file_work(self, action: Callable[..., Any], *arguments: object) -> Any:
         try:
@@ -403,13 +460,20 @@ def _tried(make: Callable[[], _T], otherwise: _T) -> tuple[_T, Exception | None]
         return otherwise, error
 
 
+def _shortage(error: Exception | None) -> str:
+    """What says that host memory ran out; '' for anything else."""
+    return shorten(" ".join(str(error).split()), 200) or "MemoryError" if error and is_host_memory(error) else ""
+
+
 def _raise(error: Exception | None) -> None:
     if error is not None:
         raise error
 
 
-def _make_checkpoint_folder(run: RunFolder, files: Files) -> None:
+def _make_checkpoint_folder(run: RunFolder, confirm: Callable[[], None] | None, files: Files) -> None:
     run.checkpoints.mkdir(parents=True, exist_ok=True)
+    if confirm is not None:
+        confirm()  # in a run folder that was lost, what lies there is the new holder's
     clear_leftovers(run, files)
     probe = run.checkpoints / f".probe_{os.getpid()}"
     probe.write_text("", encoding="utf-8")

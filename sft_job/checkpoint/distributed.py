@@ -112,11 +112,16 @@ _DISK_SIGNS = ("unexpected pos", "No space left", "Disk quota", "File too large"
 
 def is_disk_failure(error: Exception) -> bool:
     """A file could not be written; memory that ran out is no such thing, however it is said."""
-    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
-        return False
-    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+    if isinstance(error, torch.OutOfMemoryError) or is_host_memory(error):
         return False
     return isinstance(error, OSError) or any(sign in str(error) for sign in _DISK_SIGNS)
+
+
+def is_host_memory(error: Exception) -> bool:
+    """Memory of the host, not of the device, ran out: Python, torch and the system each say so in their own way."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def on_first_rank(action: Callable[..., Any], *arguments: Any, group: dist.ProcessGroup | None = None) -> Any:
@@ -149,7 +154,7 @@ def _attempt(action: Callable[..., Any], *arguments: Any) -> tuple[Any, Exceptio
         return action(*arguments), None
     except Exception as error:
         # It must survive the journey to the other ranks, or they would wait for ever.
-        if isinstance(error, (OSError, JobError)):
+        if isinstance(error, (OSError, JobError, MemoryError)):
             return None, error
         text = f"{type(error).__name__}: {error}"
         return None, torch.OutOfMemoryError(text) if isinstance(error, torch.OutOfMemoryError) else RuntimeError(text)

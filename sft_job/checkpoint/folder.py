@@ -27,9 +27,15 @@ UNREAD = "unread_"
 _SAVING, _PRUNED, _REPLACED = ".saving_", ".pruned_", ".replaced_"
 
 
-def temporary_folder(run: RunFolder, step: int) -> Path:
-    """Where the checkpoint of a step is written before it is published."""
-    return run.checkpoints / f"{_SAVING}{run.step(step).name}"
+def temporary_folder(run: RunFolder, step: int, token: str) -> Path:
+    """Where the checkpoint of a step is written before it is published.
+
+    Args:
+        run: the run folder.
+        step: the step.
+        token: of the start that writes it, so that no other start writes there, not even one that was taken for dead.
+    """
+    return run.checkpoints / f"{_SAVING}{token}_{run.step(step).name}"
 
 
 def fsync_path(path: Path) -> None:
@@ -64,6 +70,7 @@ def files_below(folder: Path) -> list[Path]:
 def publish(
     run: RunFolder,
     step: int,
+    temporary: Path,
     known: Mapping[str, Content] | None = None,
     confirm: Callable[[], None] | None = None,
     files: Files | None = None,
@@ -75,7 +82,8 @@ def publish(
 
     Args:
         run: the run folder.
-        step: whose temporary folder it is.
+        step: whose checkpoint it is.
+        temporary: holds it.
         known: files that are durable already and whose content is known, by name relative to the folder; the others
             are read here.
         confirm: called immediately before the checkpoint gets its name; what it raises leaves all as it was.
@@ -86,7 +94,7 @@ def publish(
     """
     files = files or Files()
     known = known or {}
-    temporary, folder = temporary_folder(run, step), run.step(step)
+    folder = run.step(step)
     refuse_link(folder)
     names = [name for name in files_below(temporary) if str(name) not in known]
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
@@ -107,7 +115,12 @@ def publish(
         # One that is damaged, or lacks what this one has. Until the new one has its name, the old one can come back.
         files.remove(replaced)
         files.rename(folder, replaced)
-    files.rename(temporary, folder)
+    try:
+        files.rename(temporary, folder)
+    except OSError:
+        if replaced.exists() and not folder.exists():
+            files.rename(replaced, folder)
+        raise
     files.fsync(run.checkpoints)
     write_durably(run.latest, folder.name, files)
     if replaced.exists():
@@ -336,7 +349,8 @@ def state_or_none(folder: Path) -> RunState | None:
 def clear_leftovers(run: RunFolder, files: Files | None = None) -> None:
     """Remove what an interrupted save or pruning left: hidden names of our own only.
 
-    A checkpoint that was set aside for one that never came gets its name back. Of a link only the link goes.
+    Those of every start: call it only where this start holds the run folder and saves nothing. A checkpoint that was
+    set aside for one that never came gets its name back. Of a link only the link goes.
     """
     files = files or Files()
     if not run.checkpoints.is_dir():
@@ -350,6 +364,12 @@ def clear_leftovers(run: RunFolder, files: Files | None = None) -> None:
             files.rename(path, folder)
         else:
             files.remove(path)
+
+
+def drop_temporary(run: RunFolder, token: str, files: Files) -> None:
+    """Remove what a start's own save that failed has left; it may hold the run folder or have lost it."""
+    for path in sorted(run.checkpoints.glob(f"{_SAVING}{token}_*")):
+        files.remove(path)
 
 
 def mark_final(run: RunFolder, folder: Path, files: Files | None = None) -> None:

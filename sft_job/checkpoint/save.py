@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from sft_job.checkpoint.distributed import on_every_rank, on_first_rank, save_tensors
+from sft_job.checkpoint.distributed import is_host_memory, on_every_rank, on_first_rank, save_tensors
 from sft_job.checkpoint.files import Content, Files
 from sft_job.checkpoint.folder import (
     changed_on_disk,
-    clear_leftovers,
     damage,
+    drop_temporary,
     files_below,
     prune,
     publish,
@@ -29,7 +30,6 @@ from sft_job.checkpoint.shards import ShardWriter
 from sft_job.checkpoint.staging import local_bytes, tensors_of
 from sft_job.checkpoint.state import STATE_FILE, RunState
 from sft_job.contract import RunFolder
-from sft_job.errors import JobError
 
 # What torch puts around each tensor, at the most.
 _HEADER_BYTES = 2048
@@ -44,6 +44,7 @@ class Order:
         tensors: this rank's part; nobody changes them until the save is over.
         need: bytes that all ranks will write.
         begun: the temporary folder is there already, with the export in it.
+        staged: the tensors are copies; others must not change before the save is over.
         verify: read everything back before it is published, and then remove what it makes superfluous.
         failure: what this rank met while it put the order together; no rank then carries it out.
     """
@@ -52,6 +53,7 @@ class Order:
     tensors: dict[str, Any]
     need: int
     begun: bool
+    staged: bool
     verify: bool
     failure: Exception | None = None
 
@@ -78,6 +80,7 @@ class Writing:
 
     Args:
         run: the run folder.
+        token: of this start; the same on every rank.
         group: gloo, with a timeout beyond any disk's patience; nothing else may use it meanwhile.
         keep: kept checkpoints; None = all.
         confirm: called on rank 0 immediately before a checkpoint gets its name.
@@ -88,6 +91,7 @@ class Writing:
     def __init__(
         self,
         run: RunFolder,
+        token: str,
         group: dist.ProcessGroup,
         keep: int | None,
         confirm: Callable[[], None] | None,
@@ -95,12 +99,14 @@ class Writing:
         files: Files,
     ) -> None:
         self._run = run
+        self._token = token
         self._group = group
         self._keep = keep
         self._confirm = confirm
         self._announce = announce
         self._files = files
         self._writer: ShardWriter | None = None
+        self._hurry = threading.Event()
 
     @property
     def bytes_written(self) -> int:
@@ -124,31 +130,42 @@ class Writing:
                 there = on_first_rank(self._begin_or_find, order, group=self._group)
                 if there is not None:
                     return Saved(self._run.step(order.state.step), there)
-            known = self._write(order)
-            return on_first_rank(self._publish, order, known, group=self._group)
+            known, verified = self._write(order)
+            return on_first_rank(self._publish, order, known, verified, group=self._group)
         except Exception:
             self.drop()
             raise
         finally:
             self._writer = None
 
+    @contextmanager
+    def hurried(self) -> Iterator[None]:
+        """Inside, the order in flight is no longer read back where it has not begun to be; then it removes nothing."""
+        self._hurry.set()
+        try:
+            yield
+        finally:
+            self._hurry.clear()
+
     def drop(self) -> None:
         """Remove what a save that failed has left, on rank 0; every rank has stopped writing."""
         if dist.get_rank() == 0:
-            with suppress(OSError, JobError):
-                if self._confirm is not None:
-                    self._confirm()  # in a run folder that was lost, what lies there is the new holder's
-                clear_leftovers(self._run, self._files)
+            with suppress(OSError):
+                drop_temporary(self._run, self._token, self._files)
+
+    def temporary(self, step: int) -> Path:
+        """Where the checkpoint of a step is written."""
+        return temporary_folder(self._run, step, self._token)
 
     def _begin_or_find(self, order: Order) -> RunState | None:
         there = already_there(self._run, order.state)
         if there is None:
-            begin(self._run, order.state.step, order.need, self._files)
+            begin(self._run, self.temporary(order.state.step), order.need, self._files)
         return there
 
-    def _write(self, order: Order) -> dict[str, Content]:
-        """Every rank's shards; their content on every rank, verified where that is asked for."""
-        folder = temporary_folder(self._run, order.state.step)
+    def _write(self, order: Order) -> tuple[dict[str, Content], bool]:
+        """Every rank's shards; their content on every rank, and whether all of it was read back."""
+        folder = self.temporary(order.state.step)
         local = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         threads = max(1, len(os.sched_getaffinity(0)) // local)
         self._writer = ShardWriter(folder, local_bytes(order.tensors), threads, self._files)
@@ -156,27 +173,35 @@ class Writing:
             mine = save_tensors(order.tensors, self._writer, self._group)
         except Exception:
             # torch's writer turns a full disk into an error of its own; the first cause says more.
-            cause = on_every_rank(lambda: self._writer and _shown(self._writer.error), group=self._group)
-            if any(cause):
-                raise OSError(next(filter(None, cause))) from None
+            for cause in filter(None, on_every_rank(self._cause, group=self._group)):
+                raise cause from None
             raise
         found = on_every_rank(self._checked, folder, mine, order.verify, group=self._group)
-        return {name: content for part in found for name, content in part.items()}
+        known = {name: content for part, _ in found for name, content in part.items()}
+        return known, all(verified for _, verified in found)
 
-    def _checked(self, folder: Path, mine: dict[str, Content], verify: bool) -> dict[str, Content]:
+    def _cause(self) -> Exception | None:
+        """What this rank's files met, as an error that can travel."""
+        error = self._writer.error if self._writer is not None else None
+        if error is None:
+            return None
+        return MemoryError(str(error)) if is_host_memory(error) else OSError(str(error))
+
+    def _checked(self, folder: Path, mine: dict[str, Content], verify: bool) -> tuple[dict[str, Content], bool]:
+        verify = verify and not self._hurry.is_set()
         changed = changed_on_disk(folder, mine, self._files) if verify else None
         if changed is not None:
             raise OSError(changed)
-        return mine
+        return mine, verify
 
-    def _publish(self, order: Order, known: dict[str, Content]) -> Saved:
+    def _publish(self, order: Order, known: dict[str, Content], verified: bool) -> Saved:
         run, state = self._run, order.state
-        temporary = temporary_folder(run, state.step)
+        temporary = self.temporary(state.step)
         with self._files.writing(temporary / STATE_FILE) as file:
             file.write(state.to_json().encode("utf-8"))
-        folder = publish(run, state.step, known, self._confirm, self._files)
+        folder = publish(run, state.step, temporary, known, self._confirm, self._files)
         note = ""
-        if order.verify:
+        if verified:
             # A save on the way out deletes nothing: it is not read back, for a scheduler will not wait for that.
             try:
                 prune(run, folder, self._keep, self._files)
@@ -188,26 +213,27 @@ class Writing:
         return Saved(folder, state, total, note)
 
 
-def _shown(error: Exception | None) -> str:
-    return "" if error is None else str(error)
-
-
 def already_there(run: RunFolder, wanted: RunState) -> RunState | None:
     """The state of a step's checkpoint if there is a whole one that holds all that is wanted."""
     folder = run.step(wanted.step)
     refuse_link(folder)
     there = state_or_none(folder)
-    holds = there is not None and set(wanted.contents) <= set(there.contents)
+    holds = there is not None and set(wanted.contents) <= set(there.contents) and (there.kept or not wanted.kept)
     return there if holds and damage(folder) is None else None
 
 
-def begin(run: RunFolder, step: int, need: int, files: Files) -> None:
+def begin(run: RunFolder, temporary: Path, need: int, files: Files) -> None:
     """Make an empty temporary folder, on rank 0.
+
+    Args:
+        run: the run folder.
+        temporary: the folder.
+        need: bytes that will be written.
+        files: does the file operations.
 
     Raises:
         OSError: there is not enough space; nothing was written.
     """
-    temporary = temporary_folder(run, step)
     if temporary.exists() or temporary.is_symlink():
         files.remove(temporary)
     free = files.free_bytes(run.checkpoints)

@@ -74,7 +74,10 @@ class Staging:
         for tensor in tensors:
             if self._gave_up.is_set():
                 return
-            host = host_twin(tensor)
+            try:
+                host = host_twin(tensor)
+            except (OSError, MemoryError, RuntimeError):
+                return  # the save that needs it meets this again, and deals with it
             local = _local(host)
             # What the system will not lock (a limit) serves all the same, only slower. CUDA keeps an error for its
             # thread's next call, so this is done on no other thread than this one.
@@ -147,11 +150,18 @@ class Staging:
         self._sources = None
 
     def close(self) -> None:
-        """Give page-locked memory back."""
+        """Give all memory back; nothing is staged any more."""
         self._gave_up.set()
         if self._reserving is not None:
             self._reserving.join()
-        self.wait()
+        self.drop()
+
+    def drop(self) -> None:
+        """Give all memory back, also that of a copy that failed half-way."""
+        if self._stream is not None:
+            self._stream.synchronize()
+        self._lent = []
+        self._sources = None
         for start in self._locked:
             self._cudart.cudaHostUnregister(start)
         self._locked = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
@@ -62,6 +63,22 @@ def find_config(config_arg: str | None, environ: Mapping[str, str]) -> tuple[Pat
     if similar:
         fix = f"there is {', '.join(similar)}; {fix}"
     return None, [Problem(ExitCode.CONFIG, subject, rule, fix, given, origin)]
+
+
+def named_bytes(path: Path) -> bytes:
+    """Content of a small file that a setting names.
+
+    Raises:
+        OSError: it cannot be read, or is no such file: a device or a pipe may have no end.
+    """
+    if not path.is_file():
+        path.stat()  # says what is wrong, where that is known
+        raise OSError(errno.EINVAL, "it is a folder or a device, not a file")
+    with path.open("rb") as stream:
+        data = stream.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise OSError(errno.EFBIG, f"it is larger than {_MAX_BYTES:,} bytes")
+    return data
 
 
 def read_text(path: Path) -> str:

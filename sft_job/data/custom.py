@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_job.config.schema import DataConfig
+from sft_job.config.source import named_bytes
 from sft_job.contract import ExitCode
 from sft_job.data.columns import plain
 from sft_job.errors import Problem, ProblemsError
@@ -72,7 +73,7 @@ class CustomClass:
             ProblemsError: exit 2, where the file cannot be read.
         """
         try:
-            code = hashlib.sha256(self.path.read_bytes()).hexdigest()
+            code = hashlib.sha256(named_bytes(self.path)).hexdigest()
         except OSError as error:
             raise ProblemsError([class_problem("path", f"cannot be read: {error.strerror}", str(self.path))]) from error
         settings = {key: value for key, value in self.section.items() if key not in _NOT_COMPARED}
@@ -95,7 +96,7 @@ def custom_class(data: DataConfig) -> CustomClass | None:
         )
     file = Path(path).expanduser()
     try:
-        names = _names(ast.parse(file.read_bytes(), filename=str(file)))
+        names = _names(ast.parse(named_bytes(file), filename=str(file)))
     except OSError as error:
         raise ProblemsError([class_problem("path", f"cannot be read: {error.strerror}", path)]) from error
     except (SyntaxError, ValueError) as error:

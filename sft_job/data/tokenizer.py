@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sft_job.config.source import named_bytes
 from sft_job.contract import ExitCode
 from sft_job.errors import Problem, ProblemsError, shorten
 
@@ -119,7 +120,7 @@ def template_text(value: str | None) -> str | None:
         return value
     path = Path(value).expanduser()
     try:
-        return path.read_text(encoding="utf-8")
+        return named_bytes(path).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         rule = f"is neither a Jinja template nor a file that can be read: {error}"
         raise ProblemsError([Problem(ExitCode.CONFIG, "data.chat_template", rule, value=value)]) from error

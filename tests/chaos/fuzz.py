@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import io
 import random
+import resource
 import string
 import sys
 import tempfile
@@ -24,70 +25,16 @@ import yaml
 
 from sft_job.config.fields import leaf_fields
 from sft_job.contract import ExitCode
+from tests.yaml_pieces import PIECES, changed_text
 
 SEED_YAML = Path(__file__).parents[1] / "golden" / "seed_sft_trainer.yaml"
 SECONDS = 20.0
 """No config takes longer to be judged."""
 LONGEST = 200_000
+_TELL_SECONDS = 30.0
+_MEMORY = 12 << 30
+"""Bytes of addresses: a config that takes them is a fault with a traceback, not the end of the machine."""
 ANSWERS = frozenset(ExitCode) - {ExitCode.BUG}
-PIECES = (
-    *(
-        "\t",
-        "\n",
-        "  ",
-        ":",
-        ": ",
-        "- ",
-        "[",
-        "]",
-        "{",
-        "}",
-        "&a ",
-        "*a",
-        "<<: *a\n",
-        "!!int ",
-        "!!python/none ",
-        "!x ",
-    ),
-    *(
-        "!!python/object/apply:os.system [true]",
-        "!!binary aGk=",
-        "!!set {a, b}",
-        "!!timestamp 2020-01-01",
-        "|\n",
-        ">-\n",
-    ),
-    *(
-        "${",
-        "${oc.env:X}",
-        "${trainer}",
-        "${.}",
-        "${..}",
-        "${oc.create:{a: 1}}",
-        "${oc.env:HOME}",
-        "???",
-        "#",
-        "'",
-        '"',
-    ),
-    *(
-        "\0",
-        "\ufeff",
-        "\x85",
-        "\u2028",
-        "\ud800",
-        "\U0001f600",
-        "\x1b[31m",
-        "é",
-        "\r",
-        "\\",
-        "=",
-        "%YAML 1.2\n",
-        "---\n",
-    ),
-    *("null", "no", "010", "12:30", ".nan", "-.inf", "1e999", "9" * 400, "0x" + "f" * 99, "-1", "0", "1e-400", "...\n"),
-    *("../../../../etc/passwd", "/dev/zero", "/proc/self/mem", "/", "~", "*", "**/*", "\n\n", "? ", "true", "''", "[]"),
-)
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2**31, 2**63, 2**64, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", " "),
     *(
@@ -131,7 +78,7 @@ def mutant(tree: dict[str, Any], seed: int) -> tuple[bytes, list[str]]:
     draw = random.Random(seed)
     kind = draw.randrange(10)
     if kind < 4:
-        return _as_bytes(_changed_text(yaml.safe_dump(tree), draw)), []
+        return _as_bytes(changed_text(yaml.safe_dump(tree), draw)), []
     if kind < 8:
         return _as_bytes(yaml.safe_dump(_changed_tree(tree, draw), allow_unicode=True)), []
     if kind < 9:
@@ -153,16 +100,6 @@ def mutant(tree: dict[str, Any], seed: int) -> tuple[bytes, list[str]]:
 
 def _as_bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
-
-
-def _changed_text(text: str, draw: random.Random) -> str:
-    for _ in range(draw.randint(1, 6)):
-        start = draw.randrange(len(text) + 1)
-        end = min(len(text), start + draw.choice([0, 0, 1, 3, 20]))
-        lines = text.splitlines(keepends=True) or [""]
-        piece = draw.choice([draw.choice(PIECES), draw.choice(lines), chr(draw.randrange(1, 0x2FF)), ""])
-        text = text[:start] + piece + text[end:]
-    return text
 
 
 def _changed_tree(tree: dict[str, Any], draw: random.Random) -> dict[str, Any]:
@@ -271,7 +208,8 @@ def main() -> int:
     given = parser.parse_args()
     from tests.chaos.inputs import make_inputs
 
-    began = time.monotonic()
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    began = told = time.monotonic()
     codes: Counter[int] = Counter()
     faults = 0
     with tempfile.TemporaryDirectory(prefix="sft_fuzz_inputs_") as folder:
@@ -284,11 +222,20 @@ def main() -> int:
             codes[got.code] += 1
             if got.fault:
                 faults += 1
-                sys.stdout.write(f"config {seed} {overrides} ({got.seconds:.1f} s): {got.fault}\n")
+                _say(f"config {seed} {overrides} ({got.seconds:.1f} s): {got.fault}")
+            if time.monotonic() - told > _TELL_SECONDS:
+                told = time.monotonic()
+                _say(f"... {codes.total()} of {given.number} in {told - began:.0f} s, {faults} answered badly")
     shown = ", ".join(f"{code}: {count}" for code, count in sorted(codes.items()))
     seconds = time.monotonic() - began
-    sys.stdout.write(f"{given.number} configs in {seconds:.0f} s, {faults} answered badly; exit codes {shown}\n")
+    _say(f"{given.number} configs in {seconds:.0f} s, {faults} answered badly; exit codes {shown}")
     return 1 if faults else 0
+
+
+def _say(line: str) -> None:
+    """Also where nobody sits before a screen: what was found must not wait in a buffer for an end that may not come."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

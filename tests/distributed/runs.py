@@ -82,10 +82,8 @@ def run_job(
     watch_steps(job, watched, stop, stop_after, gradients)
     if prepared is not None:
         prepared(job)
-    try:
+    with job:
         ending = job.run()
-    finally:
-        job.close()
     watched.stopped = ending.stopped
     watched.step = ending.state.step
     watched.weights_sha256 = ending.state.weights_sha256

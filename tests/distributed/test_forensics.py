@@ -31,8 +31,10 @@ def config_of(inputs: Path, run: Path, *overrides: str) -> Any:
     )
 
 
-def run_spoilt(config: Any, spoil: str, forward: int) -> tuple[Watched, str, int]:
-    """Train where the given forward (from 1) gives NaN on rank 1, or runs out of memory on every rank.
+def run_spoilt(config: Any, spoil: str, forward: int, full_disk: bool = False) -> tuple[Watched, str, int]:
+    """Train where the given forward (from 1) gives NaN on the last rank, or runs out of memory on every rank.
+
+    With ``full_disk`` metrics.jsonl takes no line.
 
     What was seen, the message of the run's end, its exit code.
     """
@@ -49,15 +51,16 @@ def run_spoilt(config: Any, spoil: str, forward: int) -> tuple[Watched, str, int
         seen[0] += 1
         if seen[0] == forward and spoil == "memory":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. If reserved ...")
-        return output * float("nan") if seen[0] == forward and runtime.rank == 1 else None
+        return output * float("nan") if seen[0] == forward and runtime.rank == runtime.world - 1 else None
 
     job.module.register_forward_hook(after)
+    if full_disk and job.loggers is not None:
+        job.loggers._jsonl._file = Path("/dev/full").open("wb", buffering=0)  # noqa: SIM115 (the logger closes it)
     try:
-        ending = job.run()
+        with job:
+            ending = job.run()
     except JobError as error:
         return watched, str(error), int(error.code)
-    finally:
-        job.close()
     watched.weights_sha256 = ending.state.weights_sha256
     return watched, "", 0
 
@@ -93,6 +96,15 @@ def test_a_step_that_is_not_finite_ends_the_run_and_leaves_evidence(inputs: Path
     assert all(row["text"] and row["row"] in message for row in record["rows"])
     # Of the rows' text nothing is told.
     assert not any(row["text"] in message for row in record["rows"])
+
+
+@pytest.mark.parametrize(("forward", "code"), [(3, ExitCode.NON_FINITE), (0, ExitCode.CANNOT_CREATE)])
+def test_metrics_that_cannot_be_written_hide_no_earlier_error(inputs: Path, tmp_path: Path, ranks, forward, code):
+    """They are an end of their own only where the run itself has gone well."""
+    config = config_of(inputs, tmp_path / "run", "trainer.rehearsal=false")
+    _, message, found = ranks(1, run_spoilt, config, "nan", forward, True)[0]
+    assert found == code, message
+    assert ("metrics.jsonl: cannot be written" in message) == (code == ExitCode.CANNOT_CREATE)
 
 
 def test_a_step_that_is_not_finite_is_skipped_up_to_a_cap(inputs: Path, tmp_path: Path, ranks):

@@ -6,9 +6,11 @@ import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from sft_job.checkpoint.files import Files
 from tests.distributed.runs import Watched, run_job, run_jobs, seed_config
 
 # 13 rows in batches of 4: steps 4 and 8 end an epoch with a batch of one row.
@@ -67,18 +69,73 @@ def test_stop_and_go_on(inputs, tmp_path, ranks, straight, stop) -> None:
 
 
 def test_stop_in_the_last_step(inputs, tmp_path, ranks, straight) -> None:
-    """The weights are saved and exported; only the validation is left to the next start."""
+    """The weights are saved, quickly; export and validation are left to the next start."""
     run = tmp_path / "run"
     config = config_of(inputs, run)
     first, second, third = ranks(2, run_jobs, [(config, {"stop_after": TOTAL}), (config, {}), (config, {})])[0]
     assert first.stopped
-    assert first.weights_sha256 == straight[0].weights_sha256
-    assert (run / "checkpoints" / f"global_step_{TOTAL}" / "huggingface" / "model.safetensors").exists()
+    assert first.weights_sha256 == ""
     assert not second.stopped
     assert second.losses == []
     assert second.weights_sha256 == straight[0].weights_sha256
+    assert (run / "checkpoints" / f"global_step_{TOTAL}" / "huggingface" / "model.safetensors").exists()
     assert lines(run)[-1]["val/loss"] == lines(straight[1])[-1]["val/loss"]
     assert third.done_before
+
+
+class Operations(Files):
+    """What a run reads back and opens to write, by the name of the step."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def before(self, operation: str, path: Path) -> None:
+        if operation == "open":
+            self.seen.append(f"{path.parent.name.rpartition('_')[2]} {path.name}")
+
+    def read_back(self, path: Path) -> Any:
+        self.seen.append(f"{path.parent.name.rpartition('_')[2]} read back")
+        return super().read_back(path)
+
+
+def _with_operations(config: Any, stop_after: int | None = None) -> tuple[Watched, list[str]]:
+    files = Operations()
+    return run_job(config, stop_after=stop_after, files=files), files.seen
+
+
+@pytest.mark.parametrize("export", [True, False])
+def test_stop_at_a_kept_checkpoint(inputs, tmp_path, ranks, straight, export) -> None:
+    """What is needed to go on is saved and no more; where a kept one holds an export too, the next start makes it."""
+    run = tmp_path / "run"
+    contents = "model,optimizer,hf_model" if export else "model,optimizer"
+    options = ("trainer.save_freq=2", "trainer.max_ckpt_to_keep=2", f"trainer.checkpoint.save_contents=[{contents}]")
+    config = config_of(inputs, run, *options)
+    stopped, seen = ranks(2, _with_operations, config, 4)[0]
+    assert (stopped.stopped, stopped.step) == (True, 4)
+    assert [line for line in seen if line.startswith("4 ") and "distcp" in line]
+    assert "4 read back" not in seen
+    folder = run / "checkpoints" / "global_step_4"
+    state = json.loads((folder / "state.json").read_text())
+    assert state["contents"] == ["model", "optimizer"]
+    assert state["kept"] is not export
+    assert not (folder / "huggingface").exists()
+    again, second = ranks(2, _with_operations, config)[0]
+    assert again.weights_sha256 == straight[0].weights_sha256
+    assert bool([line for line in second if line.startswith("4 ")]) is export
+    left = sorted(path.name for path in (run / "checkpoints").glob("global_step_*"))
+    assert left == ["global_step_6", "global_step_8"]
+
+
+def test_a_kept_checkpoint_that_a_stop_left_undone(inputs, tmp_path, ranks) -> None:
+    run = tmp_path / "run"
+    options = ("trainer.save_freq=2", "trainer.checkpoint.save_contents=[model,optimizer,hf_model]")
+    config = config_of(inputs, run, *options)
+    stops = [(config, {"stop_after": 2}), (config, {"stop_after": 3}), (config, {})]
+    ranks(2, run_jobs, stops)
+    for step in (2, 4, 6, 8):
+        folder = run / "checkpoints" / f"global_step_{step}"
+        assert json.loads((folder / "state.json").read_text())["kept"]
+        assert (folder / "huggingface" / "model.safetensors").exists()
 
 
 def test_finished_with_only_the_export(inputs, tmp_path, ranks) -> None:

@@ -8,6 +8,8 @@ import os
 import pickle
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -276,7 +278,7 @@ def test_none_by_default_in_a_short_run(inputs, tmp_path, ranks) -> None:
     assert all(names in ([], ["global_step_3"]) for names in there)
 
 
-def _small(run: Path, **options: Any) -> Any:
+def _small(run: Path, seed: int = 0, stepped: bool = True, **options: Any) -> Any:
     """A checkpointer of a sharded linear layer."""
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
@@ -287,13 +289,14 @@ def _small(run: Path, **options: Any) -> Any:
 
     if not dist.is_initialized():
         start_runtime(60)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     module = torch.nn.Linear(512, 700)  # 1.4 MB
     fully_shard(module)
     optimizer = torch.optim.AdamW(module.parameters())
-    module(torch.ones(1, 512)).sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
+    if stepped:
+        module(torch.ones(1, 512)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
     policy = SavePolicy(frozenset({"model", "optimizer"}))
     options = {"policy": policy, "export_name": "huggingface", "export": lambda folder, meet: "0" * 64, **options}
     checkpointer = Checkpointer(RunFolder(run), module, optimizer, torch.device("cpu"), **options)
@@ -312,7 +315,7 @@ def _fenced(run: Path) -> list[str]:
     from sft_job.errors import JobError
 
     def lost() -> None:
-        if asked:
+        if len(asked) == 2:  # at the start, and before the first checkpoint
             raise JobError(ExitCode.CANNOT_CREATE, "the run folder is held by another run")
         asked.append(1)
 
@@ -332,9 +335,108 @@ def _fenced(run: Path) -> list[str]:
 def test_a_run_that_lost_its_folder_publishes_nothing(tmp_path, ranks) -> None:
     found = ranks(2, _fenced, tmp_path)
     assert found == [["the run folder is held by another run"] * 2] * 2
-    # What it had begun stays: the folder of that name may be the new holder's by now.
-    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
-    assert names == {"global_step_1", "latest", ".saving_global_step_2"}
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"global_step_1", "latest"}
+
+
+class Cut(Files):
+    """Rank 1 of a node that was cut off: it writes its shard when the next holder of the run folder publishes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.go, self.done = folder / "go", folder / "done"
+
+    @contextmanager
+    def writing(self, path: Path) -> Iterator[Any]:
+        late = os.environ["RANK"] == "1" and path.suffix == ".distcp"
+        if late:
+            wait_for(self.go)
+        try:
+            with super().writing(path) as stream:
+                yield stream
+        finally:
+            if late:
+                self.done.touch()
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.01)
+
+
+def _two_holders(run: Path, folder: Path) -> str:
+    """What the old holder's save of step 2 meets, while the new one saves the same step."""
+    from sft_job.checkpoint.checkpointer import Purpose
+    from sft_job.errors import JobError
+
+    cut, lost = Cut(folder), []
+
+    def refused() -> None:
+        if lost:
+            raise JobError(ExitCode.CANNOT_CREATE, "the run folder is held by another run")
+
+    def let_the_old_one_write() -> None:
+        if lost:
+            cut.go.touch()
+            wait_for(cut.done)
+
+    old = _small(run, files=cut, confirm=refused, token="old")
+    old.save(_state(2), Purpose.RECOVERY)
+    new = _small(run, confirm=let_the_old_one_write, token=f"new{os.environ['RANK']}", seed=1)
+    lost.append(1)
+    new.save(_state(2), Purpose.STOP)
+    try:
+        old.stop(_state(3))
+    except JobError as error:
+        return str(error)
+    return ""
+
+
+def test_an_old_holder_does_not_write_into_the_new_ones_checkpoint(tmp_path, ranks) -> None:
+    from sft_job.checkpoint.folder import damage
+
+    run = tmp_path / "run"
+    found = ranks(2, _two_holders, run, tmp_path)
+    assert found[0] == found[1]
+    assert "held by another run" in found[0]
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"global_step_2", "latest"}
+    assert damage(run / "checkpoints" / "global_step_2") is None
+
+
+class Patient(Files):
+    """Writes no shard of the second step before the run is asked to stop."""
+
+    def __init__(self) -> None:
+        self.hurried = threading.Event()
+        self.read: list[str] = []
+
+    def before(self, operation: str, path: Path) -> None:
+        if operation == "open" and path.suffix == ".distcp" and path.parent.name.endswith("_2"):
+            assert self.hurried.wait(PATIENCE)
+
+    def read_back(self, path: Path) -> Any:
+        self.read.append(path.parent.name.rpartition("_")[2])
+        return super().read_back(path)
+
+
+def _stopped_within_a_save(run: Path) -> tuple[list[str], list[str]]:
+    from sft_job.checkpoint.checkpointer import Purpose
+
+    files = Patient()
+    checkpointer = _small(run, files=files)
+    files.hurried = checkpointer._writing._hurry
+    checkpointer.save(_state(1), Purpose.RECOVERY)
+    checkpointer._flight.work.wait(PATIENCE)
+    checkpointer.save(_state(2), Purpose.RECOVERY)
+    checkpointer.stop(_state(3))
+    return files.read, folders(run)
+
+
+def test_a_stop_does_not_wait_for_a_save_to_be_read_back(tmp_path, ranks) -> None:
+    """What was not read back removes nothing either."""
+    for read, left in ranks(2, _stopped_within_a_save, tmp_path):
+        assert set(read) == {"1"}
+        assert left == ["global_step_1", "global_step_2", "global_step_3"]
 
 
 class Narrow(Files):
@@ -388,7 +490,9 @@ def _one_after_the_other(run: Path) -> list[list[str]]:
     found = []
     for step, purpose in enumerate((Purpose.RECOVERY, Purpose.STOP, Purpose.RECOVERY, Purpose.KEPT), start=1):
         checkpointer.save(_state(step), purpose)
-        checkpointer.stop(_state(step))
+        if purpose is not Purpose.STOP:
+            checkpointer._flight.work.wait(PATIENCE)
+        checkpointer.collect(2.0)
         found.append(folders(run) if os.environ["RANK"] == "0" else [])
         torch.distributed.barrier()
     return found
@@ -398,6 +502,30 @@ def test_a_stop_removes_nothing(tmp_path, ranks) -> None:
     """What it has no time to read back proves nothing; the next save that was read back tidies up."""
     one, two, three, four = (f"global_step_{step}" for step in range(1, 5))
     assert ranks(2, _one_after_the_other, tmp_path)[0] == [[one], [one, two], [three], [four]]
+
+
+def _in_narrow_memory(run: Path, room: int) -> list[tuple[bool, list[str]]]:
+    import sft_job.checkpoint.checkpointer as room_of_saves
+
+    room_of_saves.available_memory = lambda *_: room
+    found = []
+    for stepped in (True, False):
+        said: list[str] = []
+        found.append((_small(run, stepped=stepped, warn=said.append)._asynchronous, said))
+    return found
+
+
+def test_a_copy_must_fit_beside_what_training_has_yet_to_take(tmp_path, ranks) -> None:
+    """Weights and gradients of 1.4 MB each in host memory; before the first step AdamW's moments are still to come."""
+    weights = 4 * (512 * 700 + 700)
+    need = {True: 4 * weights, False: 6 * weights}  # the copy with its moments, gradients, moments
+    (stepped, _), (fresh, said) = ranks(1, _in_narrow_memory, tmp_path, int(need[True] / 0.8) + 10)[0]
+    assert (stepped, fresh) == (True, False)
+    assert "trainer.async_save: a copy of the state, and what training has yet to take" in said[0]
+    (stepped, _), (fresh, said) = ranks(1, _in_narrow_memory, tmp_path, int(need[False] / 0.8) + 10)[0]
+    assert (stepped, fresh, said) == (True, True, [])
+    (stepped, _), _ = ranks(1, _in_narrow_memory, tmp_path, int(need[True] / 0.8) - 10)[0]
+    assert not stepped
 
 
 class Forgetful(Files):
@@ -496,13 +624,14 @@ def test_memory_for_a_copy(tmp_path, ranks, world) -> None:
     assert ranks(world, _twins, tmp_path) == [[True, True]] * world
 
 
-def _unstaged(run: Path, error: Exception) -> tuple[list[str], list[str]]:
-    """Rank 1 cannot copy the state of step 2; step 3 follows."""
+def _unstaged(run: Path, error: Exception, purpose: str) -> tuple[list[str], list[str], list[list[str]]]:
+    """Rank 1 cannot copy the state of step 2; step 3 follows. Errors, warnings, what there was after each."""
     from sft_job.checkpoint.checkpointer import Purpose, SavePolicy
 
     policy = SavePolicy(frozenset({"model", "optimizer"}), keep=1, end_on_failure=False)
     said: list[str] = []
     errors: list[str] = []
+    there: list[list[str]] = []
     checkpointer = _small(run, policy=policy, warn=said.append)
     stage = checkpointer._staging.stage
 
@@ -513,32 +642,93 @@ def _unstaged(run: Path, error: Exception) -> tuple[list[str], list[str]]:
         broken = step == 2 and os.environ["RANK"] == "1"
         checkpointer._staging.stage = fail if broken else stage
         try:
-            checkpointer.save(_state(step), Purpose.KEPT)
+            checkpointer.save(_state(step), Purpose(purpose) if step == 2 else Purpose.KEPT)
+            if checkpointer._flight is not None:
+                assert step != 2 or "memory" not in str(error)
+                checkpointer._flight.work.wait(PATIENCE)
             checkpointer.collect(2.0)
         except Exception as caught:
             errors.append(str(caught))
-    return errors, said
+        torch.distributed.barrier()
+        there.append(folders(run))
+        torch.distributed.barrier()
+    return errors, said, there
+
+
+ONE, TWO, THREE = (["global_step_1"], ["global_step_2"], ["global_step_3"])
 
 
 @pytest.mark.parametrize(
-    ("error", "ends"),
+    "error",
     [
-        (OSError(12, "Cannot allocate memory"), True),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory"), True),
-        (OSError(5, "Input/output error"), False),
+        OSError(12, "Cannot allocate memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory"),
+        MemoryError("no memory"),
     ],
-    ids=["mmap", "torch", "disk"],
+    ids=["mmap", "torch", "python"],
 )
-def test_what_one_rank_meets_before_it_writes_all_hear_of(tmp_path, ranks, error, ends) -> None:
+@pytest.mark.parametrize(
+    ("purpose", "left"),
+    [("kept", [ONE, TWO, THREE]), ("recovery", [ONE, ONE, THREE]), ("stop", [ONE, ONE + TWO, THREE])],
+)
+def test_without_memory_for_a_copy_it_is_saved_without_one(tmp_path, ranks, error, purpose, left) -> None:
+    """Training waits for it then; a recovery checkpoint is left out."""
     from sft_job.checkpoint.folder import damage
 
-    found = ranks(2, _unstaged, tmp_path, error, timeout=30.0)
+    found = ranks(2, _unstaged, tmp_path, error, purpose, timeout=30.0)
     assert found[0] == found[1]
-    errors, said = found[0]
-    assert (len(errors), len(said)) == ((1, 0) if ends else (0, 1))
-    assert str(error) in (errors + said)[0]
-    assert folders(tmp_path) == ["global_step_3"]
+    errors, said, there = found[0]
+    assert errors == []
+    (line,) = said
+    assert line.startswith("step 2: no host memory for a copy of the state")
+    assert str(error)[:40] in line
+    assert there == left
     assert damage(tmp_path / "checkpoints" / "global_step_3") is None
+
+
+def test_what_one_rank_meets_before_it_writes_all_hear_of(tmp_path, ranks) -> None:
+    found = ranks(2, _unstaged, tmp_path, OSError(5, "Input/output error"), "kept", timeout=30.0)
+    assert found[0] == found[1]
+    errors, said, there = found[0]
+    assert (errors, len(said)) == ([], 1)
+    assert "Input/output error" in said[0]
+    assert there == [ONE, ONE, THREE]
+
+
+class Starved(Files):
+    """There is no memory to write with, on rank 1."""
+
+    def before(self, operation: str, path: Path) -> None:
+        if os.environ["RANK"] == "1" and operation == "write":
+            raise MemoryError("no memory")
+
+
+def _starved(run: Path, purpose: str) -> tuple[int, str, list[str]]:
+    from sft_job.checkpoint.checkpointer import Purpose
+    from sft_job.errors import JobError
+
+    said: list[str] = []
+    checkpointer = _small(run, files=Starved(), warn=said.append)
+    try:
+        checkpointer.save(_state(1), Purpose(purpose))
+        checkpointer._land()
+    except JobError as error:
+        return int(error.code), str(error), said
+    return 0, "", said
+
+
+@pytest.mark.parametrize("purpose", ["kept", "stop", "recovery"])
+def test_memory_that_runs_out_while_it_is_written(tmp_path, ranks, purpose) -> None:
+    """A recovery checkpoint may fail; an end for want of host memory is no bug, and says what it is."""
+    found = ranks(2, _starved, tmp_path, purpose)
+    assert found[0] == found[1]
+    code, message, said = found[0]
+    assert code == (0 if purpose == "recovery" else ExitCode.OUT_OF_MEMORY)
+    text = (said or [message])[0]
+    assert "cannot save step 1" in text
+    assert "fix: more host memory" in text
+    assert message.startswith("out of host memory") or purpose == "recovery"
+    assert folders(tmp_path) == []
 
 
 def _without_optimizer(run: Path) -> list[list[str]]:

@@ -221,8 +221,6 @@ def _stopped_in_validation(config) -> tuple[bool, int]:
             stop.signal = 15 if len(seen) == 2 else stop.signal
 
     job.module.register_forward_pre_hook(note)
-    try:
+    with job:
         ending = job.run()
-    finally:
-        job.close()
     return ending.stopped and ending.state.step == 4, run_job(config).step

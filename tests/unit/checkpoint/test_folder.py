@@ -17,13 +17,13 @@ STATE = RunState(1, 8, 4, 0, 4, 100, 50, 2.0, 1, 1, "d", "m", {}, True, "0")
 
 
 def save(run: RunFolder, step: int, kept: bool = True) -> Path:
-    temporary = temporary_folder(run, step)
+    temporary = temporary_folder(run, step, "t")
     (temporary / "huggingface").mkdir(parents=True)
     (temporary / "__0_0.distcp").write_bytes(b"weights" * step)
     (temporary / ".metadata").write_bytes(b"index")
     (temporary / "huggingface" / "config.json").write_text("{}")
     (temporary / "state.json").write_text(replace(STATE, step=step, kept=kept).to_json())
-    return publish(run, step)
+    return publish(run, step, temporary)
 
 
 @pytest.fixture
@@ -77,10 +77,10 @@ def test_the_newest_whole_one_is_found_and_the_others_are_named(run) -> None:
 
 def test_a_half_written_one_is_never_found(run) -> None:
     save(run, 2)
-    (temporary_folder(run, 4) / "huggingface").mkdir(parents=True)
+    (temporary_folder(run, 4, "t") / "huggingface").mkdir(parents=True)
     assert published(run) == [run.step(2)]
     folders.clear_leftovers(run)
-    assert not temporary_folder(run, 4).exists()
+    assert not temporary_folder(run, 4, "t").exists()
 
 
 def test_publishing_over_a_damaged_one(run) -> None:
@@ -118,7 +118,7 @@ def test_pruning_never_removes_what_was_just_saved(run) -> None:
 def test_killed_between_two_renames_the_old_one_comes_back(run) -> None:
     folder = save(run, 3)
     folder.rename(run.checkpoints / ".replaced_global_step_3")
-    temporary_folder(run, 3).mkdir()
+    temporary_folder(run, 3, "t").mkdir()
     folders.clear_leftovers(run)
     assert damage(folder) is None
     assert published(run) == [folder]
@@ -126,10 +126,10 @@ def test_killed_between_two_renames_the_old_one_comes_back(run) -> None:
 
 def test_one_without_optimizer_cannot_be_gone_on_from(run) -> None:
     save(run, 2)
-    temporary = temporary_folder(run, 3)
+    temporary = temporary_folder(run, 3, "t")
     temporary.mkdir()
     (temporary / "state.json").write_text(replace(STATE, step=3, contents=("model",)).to_json())
-    publish(run, 3)
+    publish(run, 3, temporary_folder(run, 3, "t"))
     found, notes = newest_whole(published(run), frozenset({"model", "optimizer"}))
     assert found == run.step(2)
     assert "save_contents left out optimizer" in notes[0]
@@ -213,10 +213,10 @@ def test_a_second_one_of_the_same_name_stays_too(run, monkeypatch) -> None:
 @pytest.mark.parametrize("text", ["[]", "null", "1", '"x"', '{"step": 2}', '{"sources": []}', "{"])
 def test_a_state_of_another_form_is_damage(run, text) -> None:
     save(run, 1)
-    temporary = temporary_folder(run, 2)
+    temporary = temporary_folder(run, 2, "t")
     temporary.mkdir()
     (temporary / "state.json").write_text(text)
-    publish(run, 2)
+    publish(run, 2, temporary_folder(run, 2, "t"))
     found, notes = newest_whole(published(run))
     assert found == run.step(1)
     assert "state.json cannot be read" in notes[0]

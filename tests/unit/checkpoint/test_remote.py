@@ -51,7 +51,7 @@ def save(
     content: bytes = b"weights",
     contents: tuple[str, ...] = ("model", "optimizer", "extra"),
 ) -> Path:
-    temporary = temporary_folder(run, step)
+    temporary = temporary_folder(run, step, "t")
     (temporary / "huggingface").mkdir(parents=True)
     (temporary / "__0_0.distcp").write_bytes(content * step)
     (temporary / ".metadata").write_bytes(b"")
@@ -59,7 +59,7 @@ def save(
     (temporary / "state.json").write_text(
         json.dumps(asdict(STATE) | {"step": step, "kept": kept, "contents": contents})
     )
-    return publish(run, step)
+    return publish(run, step, temporary)
 
 
 @pytest.fixture

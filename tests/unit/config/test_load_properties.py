@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from sft_job.config.fields import Field, leaf_fields, value_at
 from sft_job.config.load import dump_config, load_config, load_resolved
 from sft_job.errors import problems_text
+from tests.yaml_pieces import changed_text
 
 SEED = (Path(__file__).parents[2] / "golden" / "seed_sft_trainer.yaml").read_text()
 FIELDS = leaf_fields()
@@ -112,76 +113,10 @@ def loads_without_raising(text: str | bytes, overrides: list[str]) -> None:
             assert problems_text(loaded.problems)
 
 
-FRAGMENTS = [
-    *(
-        "\t",
-        "\n",
-        "  ",
-        ":",
-        ": ",
-        "- ",
-        "[",
-        "]",
-        "{",
-        "}",
-        "&a ",
-        "*a",
-        "<<: *a\n",
-        "!!int ",
-        "!!python/none ",
-        "!x ",
-        "|\n",
-    ),
-    *(
-        "${",
-        "${oc.env:X}",
-        "${trainer}",
-        "${.}",
-        "${..}",
-        "${oc.create:{a: 1}}",
-        "???",
-        "#",
-        "'",
-        '"',
-        "\0",
-        "\ufeff",
-        "\x85",
-    ),
-    *(
-        "null",
-        "no",
-        "010",
-        "12:30",
-        ".nan",
-        "1e999",
-        "9" * 400,
-        "? ",
-        "---\n",
-        "...\n",
-        "%YAML 1.2\n",
-        "=",
-        "\\",
-        "é",
-        "\r",
-    ),
-]
-
-
-def mutated(text: str, seed: int) -> str:
-    draw = random.Random(seed)
-    for _ in range(draw.randint(1, 6)):
-        start = draw.randrange(len(text) + 1)
-        end = min(len(text), start + draw.choice([0, 0, 1, 3, 20]))
-        lines = text.splitlines(keepends=True) or [""]
-        piece = draw.choice([draw.choice(FRAGMENTS), draw.choice(lines), chr(draw.randrange(1, 0x2FF)), ""])
-        text = text[:start] + piece + text[end:]
-    return text
-
-
 @pytest.mark.parametrize("block", range(6))
 def test_mutated_files_give_problems_and_never_raise(block: int):
     for seed in range(block * 50, block * 50 + 50):
-        loads_without_raising(mutated(SEED, seed), [])
+        loads_without_raising(changed_text(SEED, random.Random(seed)), [])
 
 
 @settings(max_examples=80, deadline=None)

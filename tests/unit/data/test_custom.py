@@ -185,6 +185,8 @@ class TestRefused:
         (problem,) = refused(config, tmp_path).problems
         assert (problem.code, problem.subject) == (ExitCode.CONFIG, "data.custom_cls.path")
         assert "No such file" in problem.rule
+        config.data.custom_cls.path = "/dev/zero"
+        assert "not a file" in refused(config, tmp_path).problems[0].rule
 
     def test_not_python(self, make: Callable[..., JobConfig], tmp_path: Path) -> None:
         error = refused(make("class Counting\n"), tmp_path)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,17 @@ def test_template_text(tmp_path: Path) -> None:
     assert template_text(str(tmp_path / "chat.jinja")) == CHATML
     with pytest.raises(ProblemsError, match="neither a Jinja template nor a file") as raised:
         template_text("chat.jinja")
+    assert raised.value.code is ExitCode.CONFIG
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "pipe", "large", "."])
+def test_a_template_without_an_end(tmp_path: Path, name: str) -> None:
+    """Nothing is read that is no file, or larger than any template: a device has no end, and nobody may fill a pipe."""
+    os.mkfifo(tmp_path / "pipe")
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(ProblemsError, match="neither a Jinja template nor a file that can be read") as raised:
+        template_text(str(tmp_path / name))
     assert raised.value.code is ExitCode.CONFIG
 
 
