@@ -48,7 +48,7 @@ class Env:
     DEADLINE = "SFT_JOB_DEADLINE"
     """Set by the supervisor for its ranks: when the run must be over, by this host's monotonic clock."""
     SUPERVISOR = "SFT_JOB_SUPERVISOR"
-    """Set by the supervisor for its ranks: its process id, so that a rank notices when it is gone."""
+    """Set by the supervisor for its processes: its process id, so that they notice when it is gone."""
     STORE_FD = "SFT_JOB_STORE_FD"
     """Set by the supervisor for rank 0: the open socket on which the ranks meet."""
     JOB_ID = "SFT_JOB_ID"

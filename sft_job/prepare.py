@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import time
@@ -28,6 +29,7 @@ from sft_job.data.places import write_places
 from sft_job.data.prepare import prepare
 from sft_job.errors import JobError
 from sft_job.model.supported import check_architecture
+from sft_job.processes import supervisor_gone
 from sft_job.streams import say, settle_streams
 
 REPORT = "prepare.json"
@@ -84,6 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _leave_word(reports, ExitCode.BUG, f"preparing the data failed: {type(error).__name__}: {error}")
         say(traceback.format_exc())
         return ExitCode.BUG
+    finally:
+        if supervisor_gone(os.environ):
+            shutil.rmtree(reports, ignore_errors=True)  # nobody reads it, and nobody else removes it
     return ExitCode.DONE
 
 

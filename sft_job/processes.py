@@ -11,13 +11,21 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+
+from sft_job.contract import Env
 
 _PR_SET_CHILD_SUBREAPER = 36
 _SHARED_MEMORY = ("/dev/shm/nccl-", "/dev/shm/torch_")
 _POLL_SECONDS = 0.05
 _KILL_SECONDS = 5.0
+
+
+def supervisor_gone(environ: Mapping[str, str]) -> bool:
+    """Whether the supervisor that started this process is no more."""
+    supervisor = environ.get(Env.SUPERVISOR)
+    return supervisor is not None and os.getppid() != int(supervisor)
 
 
 def adopt_orphans() -> None:

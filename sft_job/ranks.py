@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -99,17 +100,25 @@ class RankGroup:
         run: their logs go to its folder.
         reports: folder in which each leaves its end.
         environ: environment they start from.
+        settings: for each of them, in a file without a name; its path ends the command. None = no settings.
 
     Raises:
         JobError: MASTER_PORT is taken on this host (137).
     """
 
     def __init__(
-        self, command: Sequence[str], topology: Topology, run: RunFolder, reports: Path, environ: Mapping[str, str]
+        self,
+        command: Sequence[str],
+        topology: Topology,
+        run: RunFolder,
+        reports: Path,
+        environ: Mapping[str, str],
+        settings: str | None = None,
     ) -> None:
         self._reports = reports
         self._mask = SecretMask(environ)
         self._run = run
+        self._settings = settings
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._asked_to_stop = False
         self._stuck: dict[int, str] = {}
@@ -145,7 +154,12 @@ class RankGroup:
     def _start(
         self, command: Sequence[str], rank: int, environ: Mapping[str, str], given: Sequence[int]
     ) -> subprocess.Popen[bytes]:
-        with self._run.rank_log(rank).open("ab") as log, signals_blocked():
+        with contextlib.ExitStack() as opened:
+            if self._settings is not None:
+                resolved = opened.enter_context(handed_over(self._settings))
+                command, given = [*command, inherited(resolved)], [*given, resolved]
+            log = opened.enter_context(self._run.rank_log(rank).open("ab"))
+            opened.enter_context(signals_blocked())
             return subprocess.Popen(
                 command,
                 env=environ,
@@ -332,6 +346,20 @@ def verdict(ends: Sequence[RankEnd]) -> RankEnd:
     return max(ends, key=weight)
 
 
-def rank_command(resolved: Path) -> list[str]:
-    """What a rank runs: the settings are final, the environment is not looked at again."""
-    return [sys.executable, "-m", "sft_job.train", "--resolved", str(resolved)]
+def rank_command() -> list[str]:
+    """What a rank runs, but for its settings: they are final, the environment is not looked at again."""
+    return [sys.executable, "-m", "sft_job.train", "--resolved"]
+
+
+@contextlib.contextmanager
+def handed_over(text: str) -> Iterator[int]:
+    """A descriptor of a file without a name that holds a text, for one child: whatever dies, nothing is left."""
+    with tempfile.TemporaryFile() as file:
+        file.write(text.encode())
+        file.seek(0)
+        yield file.fileno()
+
+
+def inherited(descriptor: int) -> str:
+    """The path under which a child finds a descriptor that it was given."""
+    return f"/dev/fd/{descriptor}"

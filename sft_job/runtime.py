@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from sft_job.contract import STOP_SIGNALS, Env
 from sft_job.deadline import Deadline
+from sft_job.processes import supervisor_gone
 from sft_job.pulse import Pulse
 
 
@@ -96,8 +97,7 @@ def die_with_parent() -> None:
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
     # It may have gone while this process imported torch: the kernel tells of later ends only.
-    supervisor = os.environ.get(Env.SUPERVISOR)
-    if supervisor is not None and os.getppid() != int(supervisor):
+    if supervisor_gone(os.environ):
         os.kill(os.getpid(), signal.SIGTERM)
 
 

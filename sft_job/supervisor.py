@@ -46,7 +46,7 @@ from sft_job.outcome import (
 )
 from sft_job.oversight import Listener, oversee
 from sft_job.processes import adopt_orphans, children, end_orphans, reap
-from sft_job.ranks import POLL_SECONDS, RankEnd, RankGroup, rank_command, signals_blocked
+from sft_job.ranks import POLL_SECONDS, RankEnd, RankGroup, handed_over, inherited, rank_command, signals_blocked
 from sft_job.starts import begin_start
 from sft_job.streams import say
 from sft_job.watchdog import Watchdog
@@ -150,15 +150,14 @@ class Supervisor:
         last = last_outcome(run)
         restarts = restarts_so_far(last, start)
         omitted = int(last.get("restarts_omitted", 0)) if last else 0
+        settings = dump_config(resolution.loaded)
         with tempfile.TemporaryDirectory(prefix="sft_job_") as reports:
             folder = Path(reports)
-            resolved = folder / "config.yaml"
-            resolved.write_text(dump_config(resolution.loaded), encoding="utf-8")
             (folder / START_FILE).write_text(str(start.checkpoint or ""), encoding="utf-8")
             starts = begin_start(run, start.step, last)
             try:
                 if lock is not None:
-                    text = SecretMask(self._environ).text(dump_config(resolution.loaded))
+                    text = SecretMask(self._environ).text(settings)
                     run.config.write_text(text, encoding="utf-8")
                     write_durably(run.starts, starts.to_json())
                     write_outcome(run, None, restarts, omitted, self._environ)
@@ -167,8 +166,8 @@ class Supervisor:
             try:
                 if lock is not None:
                     starts.refuse(resolution.loaded.config.trainer.max_starts_without_progress, run)
-                end = self._prepare(resolved, run, folder, deadline, lock)
-                end = end or self._run_ranks(resolution, run, resolved, folder, deadline, lock)
+                end = self._prepare(settings, run, folder, deadline, lock)
+                end = end or self._run_ranks(resolution, run, settings, folder, deadline, lock)
             except JobError as error:
                 end = RankEnd(0, error.code, str(error), {})
         if lock is not None:
@@ -182,13 +181,14 @@ class Supervisor:
         return end.code
 
     def _prepare(
-        self, resolved: Path, run: RunFolder, reports: Path, deadline: float | None, lock: RunLock | None
+        self, settings: str, run: RunFolder, reports: Path, deadline: float | None, lock: RunLock | None
     ) -> RankEnd | None:
         """Tokenise before any rank starts; None where all is well."""
-        with (run.logs / "prepare.log").open("ab") as log, signals_blocked():
+        with (run.logs / "prepare.log").open("ab") as log, handed_over(settings) as resolved, signals_blocked():
             process = subprocess.Popen(
-                [sys.executable, "-m", "sft_job.prepare", str(resolved)],
-                env={**self._environ, Env.REPORT_DIR: str(reports)},
+                [sys.executable, "-m", "sft_job.prepare", inherited(resolved)],
+                env={**self._environ, Env.REPORT_DIR: str(reports), Env.SUPERVISOR: str(os.getpid())},
+                pass_fds=[resolved],
                 stdin=subprocess.DEVNULL,
                 stderr=log,
                 start_new_session=True,
@@ -217,7 +217,7 @@ class Supervisor:
         self,
         resolution: Resolution,
         run: RunFolder,
-        resolved: Path,
+        settings: str,
         reports: Path,
         deadline: float | None,
         lock: RunLock | None,
@@ -229,7 +229,7 @@ class Supervisor:
             environ[Env.LOCK] = lock.token
         if deadline is not None:
             environ[Env.DEADLINE] = repr(deadline)
-        ranks = RankGroup(rank_command(resolved), resolution.topology, run, reports, environ)
+        ranks = RankGroup(rank_command(), resolution.topology, run, reports, environ, settings)
         watchdog = Watchdog(resolution.loaded.config.trainer.timeout_seconds, time.monotonic())
         return oversee(ranks, watchdog, self._listener, lambda: lock is not None and bool(lock.lost_to), self._show)
 

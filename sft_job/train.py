@@ -10,6 +10,7 @@ import faulthandler
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -33,6 +34,7 @@ from sft_job.errors import JobError, raise_problems
 from sft_job.job import train
 from sft_job.memory import out_of_memory_text
 from sft_job.preflight.start import compare_nodes
+from sft_job.processes import supervisor_gone
 from sft_job.pulse import Pulse, pulse_file
 from sft_job.runtime import StopWish, die_with_parent, start_runtime
 from sft_job.streams import say, settle_streams
@@ -137,6 +139,9 @@ def _report(code: ExitCode, message: str, ending: Ending | None) -> None:
             "loss": ending.state.loss,
             "weights_sha256": ending.state.weights_sha256,
         }
+    if supervisor_gone(os.environ):
+        shutil.rmtree(folder, ignore_errors=True)  # nobody reads it, and nobody else removes it
+        return
     temporary = Path(folder) / f".rank_{rank}.tmp"
     with contextlib.suppress(OSError):
         temporary.write_text(json.dumps(record), encoding="utf-8")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sft_job.lock import this_process
 from tests.integration.conftest import end
-from tests.integration.test_train import children_of, metrics, outcome, wait_for_step
+from tests.integration.test_train import children_of, gone, metrics, outcome, wait_for_step
 
 ROOT = Path(__file__).parents[2]
 LONG = "trainer.total_epochs=200"
@@ -69,6 +69,23 @@ def test_a_frozen_rank_ends_the_others_and_leaves_stacks(job) -> None:
     assert "supervisor: rank 1 made no progress" in (logs / "rank_1.log").read_text()
     assert outcome(job)["message"].startswith("rank 1 made no progress")
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+
+def test_a_killed_supervisor_leaves_nothing(job, tmp_path) -> None:
+    """Neither the settings, which may hold secrets, nor the folder in which it met its ranks."""
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    process = job.start(LONG, "trainer.project_name=canary-in-settings", NPROC_PER_NODE="2", TMPDIR=str(temporary))
+    try:
+        wait_for_step(job, 1)
+        (folder,) = temporary.glob("sft_job_*")
+        assert not [path for path in folder.iterdir() if b"canary-in-settings" in path.read_bytes()]
+        ranks = children_of(process)
+        process.kill()
+        assert all(gone(rank) for rank in ranks)
+    finally:
+        end(process)
+    assert not list(temporary.glob("sft_job_*"))
 
 
 def test_every_process_signalled_twice_saves_once_and_leaves_nothing(job, tmp_path) -> None:
