@@ -7,37 +7,39 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from sft_job import __version__
 from sft_job.checkpoint.folder import write_durably
-from sft_job.checkpoint.remote_folder import url_problem
 from sft_job.checkpoint.start import START_FILE, Start, fetch_remote, find_start, looks_finished
-from sft_job.config.load import Loaded, dump_config, origins_text, run_folder
-from sft_job.config.resolve import Resolution, resolve
+from sft_job.config.load import dump_config, origins_text, run_folder
+from sft_job.config.resolve import Resolution
 from sft_job.config.schema import JobConfig
 from sft_job.config.secrets import SecretMask
-from sft_job.config.topology import Topology, count_gpus
+from sft_job.config.topology import Topology
 from sft_job.contract import Env, ExitCode, RunFolder
-from sft_job.data.files import check_data
 from sft_job.deadline import REASON as DEADLINE
-from sft_job.errors import JobError, Problem, raise_problems
+from sft_job.errors import JobError, raise_problems
 from sft_job.lock import STILL_SECONDS, RunLock, lost_lock, this_process
-from sft_job.outcome import last_outcome, newest_state, restarts_so_far, result_folder, write_outcome
+from sft_job.outcome import (
+    last_outcome,
+    newest_state,
+    restarts_so_far,
+    result_folder,
+    write_early_outcome,
+    write_outcome,
+)
 from sft_job.oversight import Listener, oversee
+from sft_job.preflight import deadline_of, looked_at, make_logs, named_folder
 from sft_job.processes import adopt_orphans, children, end_orphans, reap
 from sft_job.ranks import POLL_SECONDS, RankEnd, RankGroup, handed_over, inherited, rank_command, signals_blocked
 from sft_job.starts import begin_start
@@ -74,13 +76,18 @@ class Supervisor:
         adopt_orphans()
         before = children()
         try:
-            resolution = checked(config_arg, overrides, self._environ)
-            deadline = deadline_of(resolution.loaded.config, self._environ, self._began)
-            run = run_folder(resolution.loaded.config)
-            self._tell(resolution, run)
-            if self._already_done(resolution.loaded.config, run):
-                return ExitCode.DONE
-            with self._held(run, resolution.topology) as lock:
+            resolution = looked_at(config_arg, overrides, self._environ)
+            try:
+                raise_problems(resolution.problems)
+                deadline = deadline_of(resolution.loaded.config, self._environ, self._began)
+                run = run_folder(resolution.loaded.config)
+                self._tell(resolution, run)
+                if self._already_done(resolution.loaded.config, run):
+                    return ExitCode.DONE
+            except JobError as error:
+                self._note(resolution, error)
+                raise
+            with self._held(run, resolution.topology) as lock, self._noted(run, lock):
                 # Where the run begins is decided under the lock: nobody changes the folder between this and the start.
                 if lock is not None:
                     fetch_remote(resolution.loaded.config, run, self._show)
@@ -116,6 +123,34 @@ class Supervisor:
             find_start(config, run)
             raise
         return False
+
+    def _note(self, resolution: Resolution, error: JobError) -> None:
+        """Leave ``outcome.json`` of an end before the run folder was held, if nobody holds it and its run is not done.
+
+        No folder is made for it but inside one that is there: what names the run folder may be what is wrong.
+        """
+        run = named_folder(resolution, self._environ)
+        if run is None or resolution.topology.node_rank > 0 or looks_finished(run):
+            return
+        lock = RunLock(run, this_process(self._environ))
+        with contextlib.suppress(OSError):
+            run.logs.mkdir(parents=True, exist_ok=True)
+            if lock.try_acquire():
+                try:
+                    write_early_outcome(run, error.code, str(error), self._environ)
+                finally:
+                    lock.release()
+
+    @contextlib.contextmanager
+    def _noted(self, run: RunFolder, lock: RunLock | None) -> Iterator[None]:
+        """Leave ``outcome.json`` of an end while the run folder is held; that of a run that is done stays."""
+        try:
+            yield
+        except JobError as error:
+            if lock is not None and not lock.lost_to and not looks_finished(run):
+                with contextlib.suppress(OSError):
+                    write_early_outcome(run, error.code, str(error), self._environ)
+            raise
 
     @contextlib.contextmanager
     def _held(self, run: RunFolder, topology: Topology) -> Iterator[RunLock | None]:
@@ -271,70 +306,3 @@ def _end_session(process: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_PREPARE_SECONDS)
             return
-
-
-def deadline_of(config: JobConfig, environ: Mapping[str, str], began: float) -> float | None:
-    """When the run must be over, by this host's monotonic clock; None = never.
-
-    The earlier of ``trainer.max_wall_seconds`` after ``began`` and the launcher's ``SFT_JOB_END_TIME``.
-
-    Raises:
-        ProblemsError: ``SFT_JOB_END_TIME`` is no number (2).
-    """
-    ends: list[float] = []
-    if config.trainer.max_wall_seconds is not None:
-        ends.append(began + config.trainer.max_wall_seconds)
-    text = environ.get(Env.END_TIME, "").strip()
-    if text:
-        try:
-            end = float(text)
-        except ValueError:
-            end = math.nan
-        ends.append(time.monotonic() + end - time.time())
-        if not math.isfinite(end):
-            rule, fix = "must be a Unix time in seconds", f"correct {Env.END_TIME} or unset it"
-            raise_problems([Problem(ExitCode.CONFIG, Env.END_TIME, rule, fix, text, origin="environment")])
-    return min(ends, default=None)
-
-
-def checked(config_arg: str | None, overrides: Sequence[str], environ: Mapping[str, str]) -> Resolution:
-    """Settings, topology, model folder and data files, all looked at before anything starts.
-
-    Raises:
-        ProblemsError: everything that is wrong, at once.
-    """
-    resolution = resolve(config_arg, overrides, environ, count_gpus(environ))
-    problems = list(resolution.problems)
-    if resolution.loaded.readable and resolution.loaded.config.data.train_files:
-        problems += input_problems(resolution.loaded)
-    raise_problems(problems)
-    return resolution
-
-
-def make_logs(run: RunFolder) -> None:
-    """Make the run folder's ``logs``, and prove that it can be written.
-
-    Raises:
-        JobError: it cannot (73).
-    """
-    try:
-        run.logs.mkdir(parents=True, exist_ok=True)
-        # A name of its own: other nodes, and other starts, try the same folder at the same moment.
-        probe = run.logs / f".probe.{socket.gethostname()[:64]}.{os.getpid()}.{uuid.uuid4().hex}"
-        write_durably(probe, "")
-        probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise JobError(
-            ExitCode.CANNOT_CREATE,
-            f"the run folder {run.root} cannot be written: {error}\n    fix: another {Env.CHECKPOINT_DIR}, or its "
-            f"owner and rights (this process runs as uid {os.getuid()})",
-        ) from error
-
-
-def input_problems(loaded: Loaded) -> list[Problem]:
-    """What is wrong with the data files and the second place for checkpoints, with the place of each setting."""
-    problems = check_data(loaded.config)
-    url = loaded.config.trainer.default_hdfs_dir
-    if url is not None and (problem := url_problem(url)):
-        problems.append(problem)
-    return [p if p.origin else replace(p, origin=loaded.origin(p.subject.partition(":")[0])) for p in problems]

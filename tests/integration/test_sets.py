@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sft_job.errors import JobError
-from sft_job.supervisor import checked
+from sft_job.errors import JobError, raise_problems
+from sft_job.preflight import looked_at
 from tests.integration.conftest import SEED_YAML
 
 
@@ -54,7 +54,7 @@ def test_settings_and_files_of_sets_at_once(inputs) -> None:
 
     def refused(*overrides: str) -> JobError:
         with pytest.raises(JobError) as raised:
-            checked(str(SEED_YAML), [*more, *overrides], environ)
+            raise_problems(looked_at(str(SEED_YAML), [*more, *overrides], environ).problems)
         return raised.value
 
     settings = refused(sets, val)

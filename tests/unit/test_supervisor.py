@@ -16,7 +16,8 @@ from sft_job.config.schema import JobConfig
 from sft_job.config.topology import Topology
 from sft_job.contract import ExitCode, RunFolder
 from sft_job.errors import JobError
-from sft_job.supervisor import Supervisor, deadline_of, make_logs
+from sft_job.preflight import deadline_of, make_logs
+from sft_job.supervisor import Supervisor
 
 
 def config(max_wall_seconds: int | None) -> JobConfig:
@@ -50,10 +51,10 @@ def test_an_end_time_that_is_none(value) -> None:
 def start_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A supervisor's start on this process's own signals and children."""
     resolution: Any = SimpleNamespace(
-        loaded=SimpleNamespace(config=JobConfig()), topology=Topology(1, 1, 0, "", None), warnings=[]
+        loaded=SimpleNamespace(config=JobConfig()), topology=Topology(1, 1, 0, "", None), warnings=[], problems=[]
     )
     monkeypatch.setattr(room, "adopt_orphans", lambda: None)
-    monkeypatch.setattr(room, "checked", lambda *_: resolution)
+    monkeypatch.setattr(room, "looked_at", lambda *_: resolution)
     monkeypatch.setattr(room, "run_folder", lambda _: RunFolder(tmp_path))
     monkeypatch.setattr(room.Listener, "install", lambda self: self)
     monkeypatch.setattr(Supervisor, "_tell", lambda *_: None)
