@@ -25,11 +25,11 @@ from sft_job.config.load import dump_config, origins_text, run_folder
 from sft_job.config.resolve import Resolution
 from sft_job.config.schema import JobConfig
 from sft_job.config.secrets import SecretMask
-from sft_job.config.topology import Topology
 from sft_job.contract import Env, ExitCode, RunFolder
 from sft_job.deadline import REASON as DEADLINE
 from sft_job.errors import JobError, raise_problems
 from sft_job.lock import STILL_SECONDS, RunLock, lost_lock, this_process
+from sft_job.nodes import Nodes, Word
 from sft_job.outcome import (
     last_outcome,
     newest_state,
@@ -80,28 +80,59 @@ class Supervisor:
             try:
                 raise_problems(resolution.problems)
                 deadline = deadline_of(resolution.loaded.config, self._environ, self._began)
-                run = run_folder(resolution.loaded.config)
-                self._tell(resolution, run)
-                if self._already_done(resolution.loaded.config, run):
-                    return ExitCode.DONE
             except JobError as error:
                 self._note(resolution, error)
                 raise
-            with self._held(run, resolution.topology) as lock, self._noted(run, lock):
-                # Where the run begins is decided under the lock: nobody changes the folder between this and the start.
-                if lock is not None:
-                    fetch_remote(resolution.loaded.config, run, self._show)
-                start = find_start(resolution.loaded.config, run)
-                self._tell_start(start, run)
-                if start.finished:
-                    return ExitCode.DONE
+            run = run_folder(resolution.loaded.config)
+            self._tell(resolution, run)
+            patience = resolution.loaded.config.trainer.timeout_seconds
+            with contextlib.closing(Nodes(resolution.topology, patience, self._listener.stopped)) as nodes:
                 try:
-                    return self._run(resolution, run, start, deadline, lock)
+                    first = resolution.topology.node_rank == 0
+                    train = self._train_first if first else self._train_other
+                    return train(resolution, run, deadline, nodes)
+                except JobError as error:
+                    nodes.end(error)
+                    raise
                 finally:
                     end_orphans(before, _ORPHAN_SECONDS)
         except JobError as error:
             say(f"{error}\n")
             return error.code
+
+    def _train_first(self, resolution: Resolution, run: RunFolder, deadline: float | None, nodes: Nodes) -> int:
+        """Look at the run folder, say where the run begins, and run this node's ranks."""
+        config = resolution.loaded.config
+        try:
+            done = self._already_done(config, run)
+        except JobError as error:
+            self._note(resolution, error)
+            raise
+        if not done:
+            with self._held(run) as lock, self._noted(run, lock):
+                # Where the run begins is decided under the lock: nobody changes the folder between this and the start.
+                fetch_remote(config, run, self._show)
+                start = find_start(config, run)
+                self._tell_start(start, run)
+                if not start.finished:
+                    nodes.agree(Word())
+                    return self._run(resolution, run, start, deadline, lock, nodes)
+        nodes.agree(Word(ExitCode.DONE, f"already done: {run.final.resolve()}"))
+        return ExitCode.DONE
+
+    def _train_other(self, resolution: Resolution, run: RunFolder, deadline: float | None, nodes: Nodes) -> int:
+        """Run this node's ranks, when the first node says so; they learn from rank 0 where the run begins."""
+        word = nodes.agree(Word())
+        if word.code == ExitCode.DONE:
+            self._show(word.message)
+            return ExitCode.DONE
+        if word.code is not None:
+            raise JobError(ExitCode(word.code), word.message)
+        make_logs(run)
+        with tempfile.TemporaryDirectory(prefix="sft_job_") as reports:
+            end = self._work(resolution, run, Path(reports), deadline, None, nodes)
+        self._tell_end(end, run)
+        return end.code
 
     def _already_done(self, config: JobConfig, run: RunFolder) -> bool:
         """Whether the run in this folder is done; if not, its folder for logs is made, which the lock lies in.
@@ -142,22 +173,19 @@ class Supervisor:
                     lock.release()
 
     @contextlib.contextmanager
-    def _noted(self, run: RunFolder, lock: RunLock | None) -> Iterator[None]:
+    def _noted(self, run: RunFolder, lock: RunLock) -> Iterator[None]:
         """Leave ``outcome.json`` of an end while the run folder is held; that of a run that is done stays."""
         try:
             yield
         except JobError as error:
-            if lock is not None and not lock.lost_to and not looks_finished(run):
+            if not lock.lost_to and not looks_finished(run):
                 with contextlib.suppress(OSError):
                     write_early_outcome(run, error.code, str(error), self._environ)
             raise
 
     @contextlib.contextmanager
-    def _held(self, run: RunFolder, topology: Topology) -> Iterator[RunLock | None]:
+    def _held(self, run: RunFolder) -> Iterator[RunLock]:
         """Hold the run folder while the job runs; the first node does."""
-        if topology.node_rank > 0:
-            yield None
-            return
         lock = RunLock(run, this_process(self._environ), still_seconds=self._still_seconds)
         lock.acquire(stopped=self._listener.stopped, tell=self._show)
         try:
@@ -166,40 +194,61 @@ class Supervisor:
             lock.release()
 
     def _run(
-        self, resolution: Resolution, run: RunFolder, start: Start, deadline: float | None, lock: RunLock | None
+        self,
+        resolution: Resolution,
+        run: RunFolder,
+        start: Start,
+        deadline: float | None,
+        lock: RunLock,
+        nodes: Nodes,
     ) -> int:
         last = last_outcome(run)
         restarts = restarts_so_far(last, start)
         omitted = int(last.get("restarts_omitted", 0)) if last else 0
-        settings = dump_config(resolution.loaded)
         with tempfile.TemporaryDirectory(prefix="sft_job_") as reports:
             folder = Path(reports)
             (folder / START_FILE).write_text(str(start.checkpoint or ""), encoding="utf-8")
             starts = begin_start(run, start.step, last)
             try:
-                if lock is not None:
-                    text = SecretMask(self._environ).text(settings)
-                    run.config.write_text(text, encoding="utf-8")
-                    write_durably(run.starts, starts.to_json())
-                    write_outcome(run, None, restarts, omitted, self._environ)
+                text = SecretMask(self._environ).text(dump_config(resolution.loaded))
+                run.config.write_text(text, encoding="utf-8")
+                write_durably(run.starts, starts.to_json())
+                write_outcome(run, None, restarts, omitted, self._environ)
             except OSError as error:
                 raise JobError(ExitCode.CANNOT_CREATE, f"{run.logs} cannot be written: {error}") from error
             try:
-                if lock is not None:
-                    starts.refuse(resolution.loaded.config.trainer.max_starts_without_progress, run)
-                end = self._prepare(settings, run, folder, deadline, lock)
-                end = end or self._run_ranks(resolution, run, settings, folder, deadline, lock)
+                starts.refuse(resolution.loaded.config.trainer.max_starts_without_progress, run)
+                end = self._work(resolution, run, folder, deadline, lock, nodes)
             except JobError as error:
+                nodes.end(error)
                 end = RankEnd(0, error.code, str(error), {})
-        if lock is not None:
-            if lock.lost_to:
-                raise lost_lock(run, lock.lost_to)
-            try:
-                write_outcome(run, end, restarts, omitted, self._environ)
-            except OSError as error:
-                say(f"{run.outcome} cannot be written: {error}\n")
+        if lock.lost_to:
+            raise lost_lock(run, lock.lost_to)
+        try:
+            write_outcome(run, end, restarts, omitted, self._environ)
+        except OSError as error:
+            say(f"{run.outcome} cannot be written: {error}\n")
         self._tell_end(end, run)
         return end.code
+
+    def _work(
+        self,
+        resolution: Resolution,
+        run: RunFolder,
+        reports: Path,
+        deadline: float | None,
+        lock: RunLock | None,
+        nodes: Nodes,
+    ) -> RankEnd:
+        """Tokenise, and run the ranks when all nodes have done so."""
+        settings = dump_config(resolution.loaded)
+        end = self._prepare(settings, run, reports, deadline, lock)
+        if end is not None and lock is None:
+            return end  # this node's own: the first one will miss it
+        word = nodes.agree(Word() if end is None else Word(end.code, end.message))
+        if end is None and word.code is not None:
+            end = RankEnd(0, ExitCode(word.code), word.message, {})
+        return end or self._run_ranks(resolution, run, settings, reports, deadline, lock)
 
     def _prepare(
         self, settings: str, run: RunFolder, reports: Path, deadline: float | None, lock: RunLock | None
