@@ -20,9 +20,9 @@ from sft_job.data.spec import CacheSpec, Split, cache_specs
 from sft_job.data.template_check import check_templates
 from sft_job.errors import JobError, Problem, ProblemsError, problems_text, worst_code
 from sft_job.model.supported import check_architecture
+from sft_job.opening import input_problems
 from sft_job.preflight.space import free_space, gib, space_needed
 from sft_job.streams import say
-from sft_job.supervisor import input_problems
 
 SAMPLE_ROWS = 1000
 

@@ -133,6 +133,21 @@ class RunLock:
         self._beating = threading.Thread(target=self._beat, name="run-folder lock", daemon=True)
         self._beating.start()
 
+    def try_acquire(self) -> bool:
+        """Take the lock for a moment, without a sign of life, if nobody holds it or its holder on this host is gone.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        if self._create():
+            return True
+        record = _read(self._path)
+        holder = _holder(record) if record is not None else None
+        if record is None or holder is None or not _is_gone(holder, self._me):
+            return False
+        self._take_over(record, lambda _: None, "is gone")
+        return self._create()
+
     def release(self) -> None:
         """Give the lock back, if it is still ours."""
         self._released.set()

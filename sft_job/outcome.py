@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from sft_job.checkpoint.state import RunState
 from sft_job.config.secrets import SecretMask
 from sft_job.contract import ExitCode, RunFolder
 from sft_job.ranks import RankEnd
-from sft_job.starts import RUNNING
+from sft_job.starts import RUNNING, begin_start
 from sft_job.submissions import outcome_digest
 from sft_job.version import commit
 
@@ -60,6 +61,26 @@ def restarts_so_far(last: Mapping[str, Any] | None, start: Start) -> list[dict[s
     if last["reason"] == RUNNING:
         return [*last["restarts"], {"cause": ExitCode.LOST.reason, "step": start.step}]
     return [*last["restarts"], {"cause": last["reason"], "step": last["step"]}]
+
+
+def write_early_outcome(run: RunFolder, code: ExitCode, message: str, environ: Mapping[str, str]) -> None:
+    """Write ``outcome.json`` of an end before anything was started; the breaker does not count it.
+
+    Args:
+        run: the run folder, held by this process.
+        code: how it ended.
+        message: what the user was told.
+        environ: tells the commit.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    saved, last = newest_state(run), last_outcome(run)
+    start = Start(*saved) if saved else Start()
+    starts = begin_start(run, start.step, last)
+    write_durably(run.starts, replace(starts, settled=True).to_json())
+    omitted = int(last.get("restarts_omitted", 0)) if last else 0
+    write_outcome(run, RankEnd(0, code, message, {}), restarts_so_far(last, start), omitted, environ)
 
 
 def write_outcome(

@@ -23,6 +23,7 @@ from sft_job.config.resolve import Resolution
 from sft_job.config.topology import Topology
 from sft_job.contract import Env, ExitCode, RunFolder
 from sft_job.errors import JobError, Problem, ProblemsError, problems_text, raise_problems
+from sft_job.opening import examined
 from sft_job.oversight import Listener
 from sft_job.preflight.facts import FACTS_FILE, RESULT_FILE, NodeFacts, all_facts, to_wire
 from sft_job.preflight.findings import Check
@@ -32,7 +33,6 @@ from sft_job.processes import adopt_orphans, reap
 from sft_job.pulse import pulse_file, read_beat
 from sft_job.ranks import RankEnd, RankGroup, verdict
 from sft_job.streams import say
-from sft_job.supervisor import examined
 
 LIMIT_SECONDS = 60.0
 _TOGETHER_SECONDS = 25.0

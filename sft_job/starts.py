@@ -43,6 +43,8 @@ class Starts:
 
     step: int
     failed: tuple[FailedStart, ...] = ()
+    settled: bool = False
+    """``outcome.json`` tells of no start that is to be counted: it was over before anything was started."""
 
     def then(self, step: int, last: Mapping[str, Any] | None) -> Starts:
         """The same when one more start begins.
@@ -56,6 +58,8 @@ class Starts:
         """
         if step > self.step or last is None:
             return Starts(step)
+        if self.settled:
+            return Starts(step, self.failed)
         cause, message = str(last.get("reason")), str(last.get("message", ""))
         if cause == RUNNING:
             cause, message = ExitCode.LOST.reason, "it wrote nothing at its end"
@@ -100,7 +104,8 @@ def read_starts(path: Path) -> Starts | None:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         failed: Sequence[Mapping[str, str]] = fields["failed"]
-        return Starts(int(fields["step"]), tuple(FailedStart(start["cause"], start["message"]) for start in failed))
+        told = tuple(FailedStart(start["cause"], start["message"]) for start in failed)
+        return Starts(int(fields["step"]), told, bool(fields.get("settled", False)))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

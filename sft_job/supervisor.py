@@ -7,41 +7,37 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from sft_job import __version__
 from sft_job.checkpoint.folder import write_durably
-from sft_job.checkpoint.remote_folder import url_problem
 from sft_job.checkpoint.start import START_FILE, Start, fetch_remote, find_start, looks_finished
-from sft_job.config.load import Loaded, dump_config, origins_text, run_folder
-from sft_job.config.resolve import Resolution, resolve
+from sft_job.config.load import dump_config, origins_text, run_folder
+from sft_job.config.resolve import Resolution
 from sft_job.config.schema import JobConfig
 from sft_job.config.secrets import SecretMask
-from sft_job.config.topology import Topology, count_gpus
 from sft_job.contract import Env, ExitCode, RunFolder
-from sft_job.data.files import check_data
 from sft_job.deadline import REASON as DEADLINE
-from sft_job.errors import JobError, Problem, raise_problems
+from sft_job.errors import JobError, raise_problems
 from sft_job.lock import STILL_SECONDS, RunLock, lost_lock, this_process
+from sft_job.nodes import Nodes, Word
+from sft_job.opening import deadline_of, examined, make_logs, named_folder
 from sft_job.outcome import (
     last_outcome,
     newest_state,
     note_refusal,
     restarts_so_far,
     result_folder,
+    write_early_outcome,
     write_outcome,
 )
 from sft_job.oversight import Listener, oversee
@@ -80,35 +76,64 @@ class Supervisor:
         self._listener.install()
         adopt_orphans()
         before = children()
-        noted: RunFolder | None = None
         try:
             resolution = examined(config_arg, overrides, self._environ)
-            if resolution.topology.node_rank == 0 and resolution.loaded.config.trainer.default_local_dir:
-                noted = run_folder(resolution.loaded.config)
-            raise_problems(resolution.problems)
-            deadline = deadline_of(resolution.loaded.config, self._environ, self._began)
+            try:
+                raise_problems(resolution.problems)
+                deadline = deadline_of(resolution.loaded.config, self._environ, self._began)
+            except JobError as error:
+                self._note(resolution, error)
+                raise
             run = run_folder(resolution.loaded.config)
             self._tell(resolution, run)
-            if self._already_done(resolution.loaded.config, run):
-                return ExitCode.DONE
-            with self._held(run, resolution.topology) as lock:
-                # Where the run begins is decided under the lock: nobody changes the folder between this and the start.
-                if lock is not None:
-                    fetch_remote(resolution.loaded.config, run, self._show)
-                start = find_start(resolution.loaded.config, run)
-                self._tell_start(start, run)
-                if start.finished:
-                    return ExitCode.DONE
-                noted = None  # from here on outcome.json tells
+            patience = resolution.loaded.config.trainer.timeout_seconds
+            with contextlib.closing(Nodes(resolution.topology, patience, self._listener.stopped)) as nodes:
                 try:
-                    return self._run(resolution, run, start, deadline, lock)
+                    first = resolution.topology.node_rank == 0
+                    train = self._train_first if first else self._train_other
+                    return train(resolution, run, deadline, nodes)
+                except JobError as error:
+                    nodes.end(error)
+                    raise
                 finally:
                     end_orphans(before, _ORPHAN_SECONDS)
         except JobError as error:
             say(f"{error}\n")
-            if noted is not None and error.code != ExitCode.STOPPED:
-                note_refusal(noted, error.code, str(error), self._environ)
             return error.code
+
+    def _train_first(self, resolution: Resolution, run: RunFolder, deadline: float | None, nodes: Nodes) -> int:
+        """Look at the run folder, say where the run begins, and run this node's ranks."""
+        config = resolution.loaded.config
+        try:
+            done = self._already_done(config, run)
+        except JobError as error:
+            self._note(resolution, error)
+            raise
+        if not done:
+            with self._held(run) as lock, self._noted(run, lock):
+                # Where the run begins is decided under the lock: nobody changes the folder between this and the start.
+                fetch_remote(config, run, self._show)
+                start = find_start(config, run)
+                self._tell_start(start, run)
+                if not start.finished:
+                    nodes.agree(Word())
+                    return self._run(resolution, run, start, deadline, lock, nodes)
+        nodes.agree(Word(ExitCode.DONE, f"already done: {run.final.resolve()}"))
+        return ExitCode.DONE
+
+    def _train_other(self, resolution: Resolution, run: RunFolder, deadline: float | None, nodes: Nodes) -> int:
+        """Run this node's ranks, when the first node says so; they learn from rank 0 where the run begins."""
+        word = nodes.agree(Word())
+        if word.code == ExitCode.DONE:
+            self._show(word.message)
+            return ExitCode.DONE
+        if word.code is not None:
+            raise JobError(ExitCode(word.code), word.message)
+        make_logs(run)
+        with tempfile.TemporaryDirectory(prefix="sft_job_") as reports:
+            end = self._work(resolution, run, Path(reports), deadline, None, nodes)
+        self._tell_end(end, run)
+        return end.code
 
     def _already_done(self, config: JobConfig, run: RunFolder) -> bool:
         """Whether the run in this folder is done; if not, its folder for logs is made, which the lock lies in.
@@ -131,54 +156,110 @@ class Supervisor:
             raise
         return False
 
-    @contextlib.contextmanager
-    def _held(self, run: RunFolder, topology: Topology) -> Iterator[RunLock | None]:
-        """Hold the run folder while the job runs; the first node does."""
-        if topology.node_rank > 0:
-            yield None
+    def _note(self, resolution: Resolution, error: JobError) -> None:
+        """Leave ``outcome.json`` of an end before the run folder was held, if nobody holds it and its run is not done.
+
+        Else a note beside it. No folder is made for it but inside one that is there: what names the run folder may be
+        what is wrong.
+        """
+        run = named_folder(resolution, self._environ)
+        if run is None or resolution.topology.node_rank > 0:
             return
+        lock = RunLock(run, this_process(self._environ))
+        with contextlib.suppress(OSError):
+            run.logs.mkdir(parents=True, exist_ok=True)
+            if looks_finished(run) or not lock.try_acquire():
+                note_refusal(run, error.code, str(error), self._environ)
+                return
+            try:
+                write_early_outcome(run, error.code, str(error), self._environ)
+            finally:
+                lock.release()
+
+    @contextlib.contextmanager
+    def _noted(self, run: RunFolder, lock: RunLock) -> Iterator[None]:
+        """Leave ``outcome.json`` of an end while the run folder is held; that of a run that is done stays."""
+        try:
+            yield
+        except JobError as error:
+            with contextlib.suppress(OSError):
+                if lock.lost_to or looks_finished(run):
+                    note_refusal(run, error.code, str(error), self._environ)
+                else:
+                    write_early_outcome(run, error.code, str(error), self._environ)
+            raise
+
+    @contextlib.contextmanager
+    def _held(self, run: RunFolder) -> Iterator[RunLock]:
+        """Hold the run folder while the job runs; the first node does."""
         lock = RunLock(run, this_process(self._environ), still_seconds=self._still_seconds)
-        lock.acquire(stopped=self._listener.stopped, tell=self._show)
+        try:
+            lock.acquire(stopped=self._listener.stopped, tell=self._show)
+        except JobError as error:
+            if error.code != ExitCode.STOPPED:
+                note_refusal(run, error.code, str(error), self._environ)
+            raise
         try:
             yield lock
         finally:
             lock.release()
 
     def _run(
-        self, resolution: Resolution, run: RunFolder, start: Start, deadline: float | None, lock: RunLock | None
+        self,
+        resolution: Resolution,
+        run: RunFolder,
+        start: Start,
+        deadline: float | None,
+        lock: RunLock,
+        nodes: Nodes,
     ) -> int:
         last = last_outcome(run)
         restarts = restarts_so_far(last, start)
         omitted = int(last.get("restarts_omitted", 0)) if last else 0
-        settings = dump_config(resolution.loaded)
         with tempfile.TemporaryDirectory(prefix="sft_job_") as reports:
             folder = Path(reports)
             (folder / START_FILE).write_text(str(start.checkpoint or ""), encoding="utf-8")
             starts = begin_start(run, start.step, last)
             try:
-                if lock is not None:
-                    text = SecretMask(self._environ).text(settings)
-                    run.config.write_text(text, encoding="utf-8")
-                    write_durably(run.starts, starts.to_json())
-                    write_outcome(run, None, restarts, omitted, self._environ)
+                text = SecretMask(self._environ).text(dump_config(resolution.loaded))
+                run.config.write_text(text, encoding="utf-8")
+                write_durably(run.starts, starts.to_json())
+                write_outcome(run, None, restarts, omitted, self._environ)
             except OSError as error:
                 raise JobError(ExitCode.CANNOT_CREATE, f"{run.logs} cannot be written: {error}") from error
             try:
-                if lock is not None:
-                    starts.refuse(resolution.loaded.config.trainer.max_starts_without_progress, run)
-                end = self._prepare(settings, run, folder, deadline, lock)
-                end = end or self._run_ranks(resolution, run, settings, folder, deadline, lock)
+                starts.refuse(resolution.loaded.config.trainer.max_starts_without_progress, run)
+                end = self._work(resolution, run, folder, deadline, lock, nodes)
             except JobError as error:
+                nodes.end(error)
                 end = RankEnd(0, error.code, str(error), {})
-        if lock is not None:
-            if lock.lost_to:
-                raise lost_lock(run, lock.lost_to)
-            try:
-                write_outcome(run, end, restarts, omitted, self._environ)
-            except OSError as error:
-                say(f"{run.outcome} cannot be written: {error}\n")
+        if lock.lost_to:
+            raise lost_lock(run, lock.lost_to)
+        try:
+            write_outcome(run, end, restarts, omitted, self._environ)
+        except OSError as error:
+            say(f"{run.outcome} cannot be written: {error}\n")
         self._tell_end(end, run)
         return end.code
+
+    def _work(
+        self,
+        resolution: Resolution,
+        run: RunFolder,
+        reports: Path,
+        deadline: float | None,
+        lock: RunLock | None,
+        nodes: Nodes,
+    ) -> RankEnd:
+        """Tokenise, and run the ranks when all nodes have done so."""
+        settings = dump_config(resolution.loaded)
+        end = self._prepare(settings, run, reports, deadline, lock)
+        if end is not None and lock is None:
+            return end  # this node's own: the first one will miss it
+        word = nodes.agree(Word() if end is None else Word(end.code, end.message))
+        if end is None and word.code is not None:
+            end = RankEnd(0, ExitCode(word.code), word.message, {})
+        return end or self._run_ranks(resolution, run, settings, reports, deadline, lock)
 
     def _prepare(
         self, settings: str, run: RunFolder, reports: Path, deadline: float | None, lock: RunLock | None
@@ -285,68 +366,3 @@ def _end_session(process: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_PREPARE_SECONDS)
             return
-
-
-def deadline_of(config: JobConfig, environ: Mapping[str, str], began: float) -> float | None:
-    """When the run must be over, by this host's monotonic clock; None = never.
-
-    The earlier of ``trainer.max_wall_seconds`` after ``began`` and the launcher's ``SFT_JOB_END_TIME``.
-
-    Raises:
-        ProblemsError: ``SFT_JOB_END_TIME`` is no number (2).
-    """
-    ends: list[float] = []
-    if config.trainer.max_wall_seconds is not None:
-        ends.append(began + config.trainer.max_wall_seconds)
-    text = environ.get(Env.END_TIME, "").strip()
-    if text:
-        try:
-            end = float(text)
-        except ValueError:
-            end = math.nan
-        ends.append(time.monotonic() + end - time.time())
-        if not math.isfinite(end):
-            rule, fix = "must be a Unix time in seconds", f"correct {Env.END_TIME} or unset it"
-            raise_problems([Problem(ExitCode.CONFIG, Env.END_TIME, rule, fix, text, origin="environment")])
-    return min(ends, default=None)
-
-
-def examined(config_arg: str | None, overrides: Sequence[str], environ: Mapping[str, str]) -> Resolution:
-    """Settings, topology, model folder and data files, all looked at before anything starts; raises none of it.
-
-    Returns:
-        With everything that is wrong in ``problems``.
-    """
-    resolution = resolve(config_arg, overrides, environ, count_gpus(environ))
-    if resolution.loaded.readable and resolution.loaded.config.data.train_files:
-        resolution.problems += input_problems(resolution.loaded)
-    return resolution
-
-
-def make_logs(run: RunFolder) -> None:
-    """Make the run folder's ``logs``, and prove that it can be written.
-
-    Raises:
-        JobError: it cannot (73).
-    """
-    try:
-        run.logs.mkdir(parents=True, exist_ok=True)
-        # A name of its own: other nodes, and other starts, try the same folder at the same moment.
-        probe = run.logs / f".probe.{socket.gethostname()[:64]}.{os.getpid()}.{uuid.uuid4().hex}"
-        write_durably(probe, "")
-        probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise JobError(
-            ExitCode.CANNOT_CREATE,
-            f"the run folder {run.root} cannot be written: {error}\n    fix: another {Env.CHECKPOINT_DIR}, or its "
-            f"owner and rights (this process runs as uid {os.getuid()})",
-        ) from error
-
-
-def input_problems(loaded: Loaded) -> list[Problem]:
-    """What is wrong with the data files and the second place for checkpoints, with the place of each setting."""
-    problems = check_data(loaded.config)
-    url = loaded.config.trainer.default_hdfs_dir
-    if url is not None and (problem := url_problem(url)):
-        problems.append(problem)
-    return [p if p.origin else replace(p, origin=loaded.origin(p.subject.partition(":")[0])) for p in problems]

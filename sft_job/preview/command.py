@@ -23,6 +23,7 @@ from sft_job.data.rejected import reason_of
 from sft_job.data.spec import CacheSpec, cache_specs
 from sft_job.data.tokenizer import load_tokenizer
 from sft_job.errors import JobError, Problem, ProblemsError, raise_problems
+from sft_job.opening import input_problems
 from sft_job.prepare import Progress
 from sft_job.preview.html import write_page
 from sft_job.preview.json_lines import json_lines
@@ -32,7 +33,6 @@ from sft_job.preview.rows import Pack, PreviewRow, TrainingStream, lone_row
 from sft_job.preview.terminal import View, show_lone_row, show_rejected, show_report, show_rows, show_step
 from sft_job.preview.text import TokenTexts
 from sft_job.streams import say
-from sft_job.supervisor import input_problems
 
 STDOUT = "-"
 # Nobody wraps lines in a pipe.

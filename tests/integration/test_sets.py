@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sft_job.errors import JobError, raise_problems
-from sft_job.supervisor import examined
+from sft_job.opening import examined
 from tests.integration.conftest import SEED_YAML
 
 

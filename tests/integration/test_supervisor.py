@@ -135,6 +135,34 @@ def test_a_finished_run_and_faults_of_settings_need_no_writable_folder(job) -> N
     changed = job(short, "optim.lr=0.5")
     assert changed.returncode == 2, changed.stderr
     assert "optim.lr" in changed.stderr
+    (job.run / "logs").unlink()
+    (job.run / "logs").mkdir()
+    (job.run / "logs" / "outcome.json").write_text("of the finished run")
+    assert job(short, "optim.lr=0.5").returncode == 2
+    assert (job.run / "logs" / "outcome.json").read_text() == "of the finished run"
+
+
+def test_ends_before_the_ranks_are_told_in_the_run_folder(job) -> None:
+    """Of settings, of data and of checkpoints; where nobody else holds it, and only if its place is there."""
+    wrong = "optim.lrr=1"
+    assert job(wrong).returncode == 2
+    assert not job.run.parent.exists()
+    job.run.parent.mkdir()
+    assert job(wrong).returncode == 2
+    assert (outcome(job)["code"], outcome(job)["reason"]) == (2, "config")
+    assert "optim.lrr" in outcome(job)["message"]
+    assert job("data.train_files=/nowhere/train.parquet").returncode == 65
+    assert outcome(job)["code"] == 65
+    (job.run / "checkpoints" / "global_step_2").mkdir(parents=True)
+    unusable = job()
+    assert unusable.returncode == 74, unusable.stderr
+    assert outcome(job)["code"] == 74
+    assert [restart["cause"] for restart in outcome(job)["restarts"]] == ["config", "data"]
+    assert not (job.run / "logs" / ".lock").exists()
+    holder = replace(this_process({"SFT_JOB_ID": "other"}), host="elsewhere", place="elsewhere")
+    (job.run / "logs" / ".lock").write_bytes(holder.record())
+    assert job(wrong).returncode == 2
+    assert outcome(job)["code"] == 74
 
 
 def test_every_process_signalled_while_tokenising(job) -> None:

@@ -55,6 +55,27 @@ def test_taken_beaten_and_given_back(run) -> None:
     assert list(run.logs.iterdir()) == []
 
 
+def test_for_a_moment_only_what_nobody_holds(run) -> None:
+    taken = take(lock_of(run, "a"))
+    assert not lock_of(run, "a").try_acquire()
+    assert still_held(run, taken.token)
+    taken.release()
+    mine = lock_of(run, "b")
+    assert mine.try_acquire()
+    assert still_held(run, mine.token)
+    mine.release()
+    abandoned(run)
+    assert not lock_of(run, "c").try_acquire()  # it may live, somewhere else
+    dead = subprocess.Popen(["true"])
+    holder = replace(this_process({}), pid=dead.pid, born="1")
+    dead.wait()
+    run.lock.write_bytes(holder.record())
+    mine = lock_of(run, "d")
+    assert mine.try_acquire()
+    mine.release()
+    assert list(run.logs.iterdir()) == []
+
+
 def test_another_job_is_refused_and_told_who_holds_it(run) -> None:
     lock = take(lock_of(run, "first-job"))
     with pytest.raises(JobError, match=r"held by another run: process .* on .*, job first-job, since 20") as caught:

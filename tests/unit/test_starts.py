@@ -8,7 +8,7 @@ import pytest
 from sft_job.checkpoint.start import Start
 from sft_job.contract import ExitCode, RunFolder
 from sft_job.errors import JobError
-from sft_job.outcome import last_outcome, restarts_so_far, write_outcome
+from sft_job.outcome import last_outcome, restarts_so_far, write_early_outcome, write_outcome
 from sft_job.ranks import RankEnd
 from sft_job.starts import FailedStart, Starts, begin_start, read_starts
 
@@ -94,6 +94,17 @@ def test_what_does_not_count(run, end) -> None:
     """A queue may preempt a job before its first step for as long as it likes; neither does it wipe out what counts."""
     assert [start(run, 0, end) for _ in range(9)] == [end.code] * 9
     assert [start(run, 0, each) for each in (LOST, end, LOST, end, LOST)][-1] == 137
+    assert start(run, 0, LOST) == 86
+
+
+def test_an_end_before_anything_was_started_counts_for_nothing_and_wipes_nothing_out(run) -> None:
+    """The start before it, whose end it writes over, is counted all the same."""
+    for _ in range(3):
+        start(run, 0, LOST)
+        for code in (ExitCode.NO_CHECKPOINT, ExitCode.CONFIG, ExitCode.NO_CHECKPOINT):
+            write_early_outcome(run, code, "too early", {})
+            assert last_outcome(run)["code"] == code
+    assert [each["cause"] for each in last_outcome(run)["restarts"]].count("lost") == 3
     assert start(run, 0, LOST) == 86
 
 

@@ -16,7 +16,8 @@ from sft_job.config.schema import JobConfig
 from sft_job.config.topology import Topology
 from sft_job.contract import ExitCode, RunFolder
 from sft_job.errors import JobError
-from sft_job.supervisor import Supervisor, deadline_of, make_logs
+from sft_job.opening import deadline_of, make_logs
+from sft_job.supervisor import Supervisor
 
 
 def config(max_wall_seconds: int | None) -> JobConfig:
