@@ -59,6 +59,7 @@ def test_plans_of_recomputation(inputs, tmp_path, ranks, reference, plan) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # the C++ compiler, two dozen times
 def test_compiled_run(inputs, tmp_path, ranks) -> None:
     """Inductor's own kernels on the CPU; the exchanges are one op each in its graphs."""
     dtype, kernels = "model.fsdp_config.model_dtype=fp32", {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "kernels")}
@@ -67,7 +68,7 @@ def test_compiled_run(inputs, tmp_path, ranks) -> None:
             2,
             _with_gradients,
             config_of(inputs, tmp_path / name, dtype, f"model.compile={name}", ulysses=2, val=True),
-            timeout=280,
+            timeout=1000,
             environment=kernels,
         )[0]
         for name in ("false", "true")
