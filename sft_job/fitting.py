@@ -6,8 +6,10 @@ bytes, then whole blocks, the last ones first, because the backward frees them f
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -60,62 +62,151 @@ def least_recompute(room: Room) -> list[Recompute]:
     return [Recompute.ATTENTION] * (room.blocks - free) + [Recompute.NONE] * free
 
 
-def fit_recompute(blocks: Blocks, rehearse: Callable[[], None], device: torch.device) -> str:
+class DeviceMemory(Protocol):
+    """A device's memory, in bytes, as one process sees it."""
+
+    def usable(self) -> int:
+        """What this process holds and what nobody does."""
+        ...
+
+    def allocated(self) -> int:
+        """What tensors take now."""
+        ...
+
+    def peak(self) -> int:
+        """The most that they took since ``reset_peak``."""
+        ...
+
+    def reset_peak(self) -> None:
+        """Begin to look for the peak anew."""
+        ...
+
+    def retries(self) -> int:
+        """How often memory had to be given back and asked for anew, since the process began."""
+        ...
+
+    def release(self) -> None:
+        """Give back what no tensor takes."""
+        ...
+
+
+class CudaMemory:
+    """That of a GPU, through torch's allocator."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def usable(self) -> int:
+        """What this process holds and what nobody does."""
+        free, _ = torch.cuda.mem_get_info(self._device)
+        return free + torch.cuda.memory_reserved(self._device)
+
+    def allocated(self) -> int:
+        """What tensors take now."""
+        return torch.cuda.memory_allocated(self._device)
+
+    def peak(self) -> int:
+        """The most that they took since ``reset_peak``."""
+        return torch.cuda.max_memory_allocated(self._device)
+
+    def reset_peak(self) -> None:
+        """Begin to look for the peak anew."""
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+    def retries(self) -> int:
+        """How often memory had to be given back and asked for anew, since the process began."""
+        return torch.cuda.memory_stats(self._device).get("num_alloc_retries", 0)
+
+    def release(self) -> None:
+        """Give back what no tensor takes."""
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """How a plan is tried.
+
+    Attributes:
+        rehearse: goes through the longest batch; a collective call.
+        recover: puts the model back after a rehearsal that ran out of memory; False where that cannot be done.
+        memory: of the device.
+        device: on which the ranks exchange numbers.
+    """
+
+    rehearse: Callable[[], None]
+    recover: Callable[[], bool]
+    memory: DeviceMemory
+    device: torch.device
+
+
+def fit_recompute(blocks: Blocks, attempt: Attempt) -> str:
     """Set the blocks' plan by the memory that is there (a collective call).
 
     Args:
         blocks: of the model.
-        rehearse: goes through the longest batch.
-        device: a GPU.
+        attempt: how a plan is tried.
 
     Returns:
-        A line for the log.
+        A line for the log, empty where there is nothing to choose.
 
     Raises:
-        torch.OutOfMemoryError: the batch does not fit even with everything recomputed.
+        torch.OutOfMemoryError: the batch does not fit even with everything recomputed, or a plan did not fit on one of
+            several ranks.
     """
-    count = len(blocks.plan)
+    count, memory = len(blocks.plan), attempt.memory
+    everything = [Recompute.FULL] * count
     if count < 2:
-        rehearse()
+        attempt.rehearse()
         return ""
     blocks.set_plan(probe_plan(count))
-    rehearse()  # compiles; what that takes is no measure of a step
-    torch.cuda.reset_peak_memory_stats(device)
-    with blocks.watched(device) as kept:
-        rehearse()
+    if not _went_through(attempt):  # compiles; what that takes is no measure of a step
+        blocks.set_plan(everything)
+        return _everything(blocks, attempt)
+    memory.reset_peak()
+    with blocks.watched(memory.allocated) as kept:
+        attempt.rehearse()
     first = kept[:count]  # of the first micro-batch
-    peak = torch.cuda.max_memory_allocated(device)
-    limit = _usable(device)
-    margin = _MARGIN
-    for _ in range(_TRIES):
-        room = Room(count, int(limit * (1 - margin)), peak, first[0], first[count - 2], first[count - 1])
-        blocks.set_plan(_agreed(least_recompute(room), device))
-        torch.cuda.empty_cache()
-        if blocks.plan == tuple([Recompute.FULL] * count) or _goes_through(rehearse, device):
+    peak, limit = memory.peak(), memory.usable()
+    for tried in range(1, _TRIES + 1):
+        room = Room(count, int(limit * (1 - tried * _MARGIN)), peak, first[0], first[count - 2], first[count - 1])
+        blocks.set_plan(_agreed(least_recompute(room), attempt.device))
+        if blocks.plan == tuple(everything):
             break
-        margin += _MARGIN
-    else:
-        blocks.set_plan([Recompute.FULL] * count)
-    return plan_text(blocks.plan, torch.cuda.max_memory_allocated(device), limit)
+        memory.release()
+        if _fits(attempt):
+            return plan_text(blocks.plan, memory.peak(), limit)
+    blocks.set_plan(everything)
+    return _everything(blocks, attempt)
 
 
-def _usable(device: torch.device) -> int:
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device)
+def _everything(blocks: Blocks, attempt: Attempt) -> str:
+    """What is left when nothing can be kept: it fits, or the run ends here and not in a step."""
+    attempt.memory.release()
+    attempt.memory.reset_peak()
+    attempt.rehearse()
+    return plan_text(blocks.plan, attempt.memory.peak(), attempt.memory.usable())
 
 
-def _goes_through(rehearse: Callable[[], None], device: torch.device) -> bool:
-    """Whether the batch fits, without torch having had to give memory back and ask anew: that would halve the speed."""
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_stats(device).get("num_alloc_retries", 0)
+def _went_through(attempt: Attempt) -> bool:
     try:
-        rehearse()
+        attempt.rehearse()
     except torch.OutOfMemoryError:
-        if dist.get_world_size() > 1:
-            raise  # the other ranks are in a collective by now
+        # The other ranks of several are in a collective by now.
+        if dist.get_world_size() > 1 or not attempt.recover():
+            raise
         return False
-    retries = torch.cuda.memory_stats(device).get("num_alloc_retries", 0) - before
-    worst = torch.tensor(retries, device=device)
+    return True
+
+
+def _fits(attempt: Attempt) -> bool:
+    """Whether the batch fits, without torch having had to give memory back and ask anew: that would halve the speed."""
+    memory = attempt.memory
+    memory.reset_peak()
+    before = memory.retries()
+    if not _went_through(attempt):
+        return False
+    worst = torch.tensor(memory.retries() - before, device=attempt.device)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     return worst.item() == 0
 

@@ -42,7 +42,7 @@ from sft_job.deadline import REASON as DEADLINE
 from sft_job.errors import JobError
 from sft_job.evaluate import EvaluationRows, ValidationLoss, validation_loss
 from sft_job.export import export_live
-from sft_job.fitting import fit_recompute
+from sft_job.fitting import Attempt, CudaMemory, fit_recompute
 from sft_job.forensics import BadSteps, decoder
 from sft_job.lock import confirm_lock
 from sft_job.memory import is_out_of_memory, memory_by_kind, out_of_memory_text, remedies, shapes_text
@@ -55,6 +55,7 @@ from sft_job.model.fp8 import token_multiple
 from sft_job.model.lora import uses_lora
 from sft_job.model.precision import precision_of
 from sft_job.optimizer import build_optimizer
+from sft_job.parallel.fsdp import forget_broken_step
 from sft_job.parallel.mesh import Mesh, build_mesh
 from sft_job.pulse import FINISHING, LOADING, TRAINING
 from sft_job.rehearsal import longest_batches, rehearse, step_accumulates
@@ -120,8 +121,9 @@ class Job:
             rehearse(self.trainer.accumulate, self.module, self.optimizer, self.longest)
 
         if _chooses_recompute(self.config, self.runtime.device):
-            plan = fit_recompute(self.module.blocks, once, self.runtime.device)
-            if self.loggers is not None:
+            device = self.runtime.device
+            plan = fit_recompute(self.module.blocks, Attempt(once, self._recover, CudaMemory(device), device))
+            if self.loggers is not None and plan:
                 self.loggers.message(plan)
         else:
             once()
@@ -130,6 +132,11 @@ class Job:
             ulysses = self.config.ulysses_sequence_parallel_size
             used = f", peak memory {peak / GIB:.1f} GiB" if peak is not None else ""
             self.loggers.message(f"rehearsal: {shapes_text(self.longest[0], ulysses)}{used}")
+
+    def _recover(self) -> bool:
+        """After a rehearsal that broke off; what it left of gradients would be added to the first step's."""
+        self.optimizer.zero_grad()
+        return forget_broken_step(self.module)
 
     @contextlib.contextmanager
     def _memory_explained(self, stage: str) -> Iterator[None]:

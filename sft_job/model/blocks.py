@@ -6,7 +6,7 @@ are gathered once for its recomputation and its backward, and torch.compile sees
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,6 +18,8 @@ from sft_job.config.schema import ModelConfig
 from sft_job.model.attention.call import Backend
 from sft_job.model.recompute import BlockForward, Recompute, draws_random_numbers, recomputing
 
+INDUCTOR = "inductor"
+
 
 class Blocks:
     """The decoder blocks of a model.
@@ -26,14 +28,18 @@ class Blocks:
         blocks: not sharded yet.
         backend: of their attention.
         compiled: run them through torch.compile.
+        compiler: torch.compile's backend.
     """
 
-    def __init__(self, blocks: Iterable[nn.Module], backend: Backend, *, compiled: bool) -> None:
+    def __init__(
+        self, blocks: Iterable[nn.Module], backend: Backend, *, compiled: bool, compiler: str = INDUCTOR
+    ) -> None:
         self._blocks = list(blocks)
         self._plain: list[BlockForward] = [type(block).forward for block in self._blocks]
         self._ops = backend.saved
         self._rng = any(draws_random_numbers(block) for block in self._blocks)
         self._compiled = compiled
+        self._compiler = compiler
         # Compilation sees through recomputation only where it sees all of the block.
         self._recompute_inside = compiled and backend.traced
         self._forwards: dict[tuple[BlockForward, Recompute], BlockForward] = {}
@@ -50,17 +56,20 @@ class Blocks:
             block.forward = partial(self._forwards[key], block)
 
     @contextmanager
-    def watched(self, device: torch.device) -> Generator[list[int]]:
+    def watched(self, allocated: Callable[[], int]) -> Generator[list[int]]:
         """Collects what each block's forward leaves in device memory, in bytes, block by block.
 
         Measured inside FSDP's hooks, so without the weights that these gather.
+
+        Args:
+            allocated: bytes that tensors take now.
         """
         kept: list[int] = []
 
         def watching(forward: BlockForward, *args: Any, **kwargs: Any) -> Any:
-            before = torch.cuda.memory_allocated(device)
+            before = allocated()
             out = forward(*args, **kwargs)
-            kept.append(torch.cuda.memory_allocated(device) - before)
+            kept.append(allocated() - before)
             return out
 
         for block in self._blocks:
@@ -75,16 +84,16 @@ class Blocks:
         if not self._compiled:
             return recomputing(plain, recompute, self._ops, self._rng)
         if self._recompute_inside:
-            return maybe_compiled(recomputing(plain, recompute, self._ops, self._rng))
-        return recomputing(maybe_compiled(plain), recompute, self._ops, self._rng)
+            return maybe_compiled(recomputing(plain, recompute, self._ops, self._rng), compiler=self._compiler)
+        return recomputing(maybe_compiled(plain, compiler=self._compiler), recompute, self._ops, self._rng)
 
 
-def maybe_compiled(function: Any, compiled: bool = True) -> Any:
+def maybe_compiled(function: Any, compiled: bool = True, compiler: str = INDUCTOR) -> Any:
     """A function's compiled form.
 
     Shapes are static at first, which is fastest; the second number of tokens that comes makes it symbolic for good.
     """
-    return torch.compile(function) if compiled else function
+    return torch.compile(function, backend=compiler) if compiled else function
 
 
 def compiles(config: ModelConfig, device: torch.device) -> bool:

@@ -102,7 +102,8 @@ class _LossSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grads, ctx.grads = ctx.grads, None
-        assert grads is not None, "the gradients were scaled in place and given away: a second backward has none"
+        if grads is None:
+            raise RuntimeError("the loss's gradients were given away by its first backward: a second one has none")
         return *(None if each is None else each.mul_(grad.to(each.dtype)) for each in grads), *(None,) * 5
 
 
@@ -142,5 +143,8 @@ def chunked_cross_entropy(
     Returns:
         Scalar in fp32, in fp64 where hidden is fp64. Its backward may run once.
     """
+    if not torch.is_grad_enabled():
+        # Or the function below would make gradients of whatever weight is trained, for nobody.
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     rows_at_once = max(1, chunk_elements // weight.shape[0])
     return _LossSum.apply(hidden, weight, bias, targets, scale, rule, rows_at_once, each)

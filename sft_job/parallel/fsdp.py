@@ -95,6 +95,21 @@ def set_gradient_sync(root: nn.Module, *, sync: bool, reshard: bool) -> None:
     root.set_reshard_after_backward(reshard)
 
 
+def forget_broken_step(root: nn.Module) -> bool:
+    """Make FSDP ready for a forward after one, or its backward, broke off with an error; gradients are not touched.
+
+    Without it the next backward would go on where that one stood, and some gradients would never be reduced.
+
+    Returns:
+        False where this torch cannot do it.
+    """
+    reset = getattr(root, "reset_iter_state", None)  # torch 2.13 and later
+    if reset is None:
+        return False
+    reset()
+    return True
+
+
 def tied_once(module: nn.Module, preferred: set[str]) -> dict[str, torch.Tensor]:
     """A module's state with every tied parameter under one name, one of ``preferred`` where there is one."""
     names: dict[int, str] = {}

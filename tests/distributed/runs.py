@@ -146,7 +146,12 @@ def watch_steps(job: Any, watched: Watched, stop: Any, stop_after: int | None, g
             grads = {name: p.grad for name, p in job.module.lm.named_parameters() if p.requires_grad}
             # Recomputation wraps blocks, which shows in these names (not in those of a state dict).
             watched.gradients.append(
-                {name.replace("_checkpoint_wrapped_module.", ""): grad.full_tensor() for name, grad in grads.items()}
+                {name.replace("_checkpoint_wrapped_module.", ""): whole(grad) for name, grad in grads.items()}
             )
 
         job.optimizer.register_step_pre_hook(keep)
+
+
+def whole(tensor: Any) -> torch.Tensor:
+    """A sharded tensor, gathered; one that no FSDP manages, as it was (the optimizer frees it)."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()

@@ -3,6 +3,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,6 +83,27 @@ def test_targets_are_the_next_trained_token_of_the_same_document(rows: list[Toke
     assert targets == expected + [IGNORED] * (len(targets) - len(expected))
 
 
+@given(drawn, sizes, st.sampled_from([2, 16]))
+def test_each_ranks_tokens_are_a_multiple(rows: list[TokenRow], size: int, multiple: int) -> None:
+    """Padding is a document of its own at the end, as little as does it; what is trained is the same."""
+    parts = [pack_rows(rows, size, rank, PAD, multiple) for rank in range(size)]
+    assert all(part.input_ids.shape[1] % multiple == 0 for part in parts)
+    ids, real = joined(parts, "input_ids"), sum(len(row.ids) for row in rows)
+    padding = len(ids) - real
+    assert padding < size * multiple or not rows
+    assert ids[real:] == [PAD] * padding
+    assert joined(parts, "targets")[real:] == [IGNORED] * padding
+    lengths = [len(row.ids) for row in rows] + [padding] * bool(padding)
+    for part in parts:
+        assert part.document_lengths == tuple(lengths)
+        assert part.cu_seqlens.tolist() == [0, *np.cumsum(lengths).tolist()]
+        assert part.max_seqlen == max(lengths)
+        assert part.num_tokens == real
+    plain = [pack_rows(rows, size, rank, PAD) for rank in range(size)]
+    assert joined(parts, "targets")[:real] == joined(plain, "targets")[:real]
+    assert joined(parts, "position_ids")[:real] == joined(plain, "position_ids")[:real]
+
+
 def test_golden_pack_over_two_ranks() -> None:
     rows = [token_row([False, True, True], 10), token_row([True, True], 20)]
     first, second = (pack_rows(rows, 2, rank, 0) for rank in range(2))
@@ -154,6 +177,25 @@ def test_validation_sees_every_row_once(cache: TokenCache) -> None:
     batches = list(subject.steps(0, order.steps_per_epoch))
     assert [row for batch in batches for row in batch.row_ids.tolist()] == list(range(23))
     assert sum(batch.num_targets for batch in batches) == cache.targets.sum()
+
+
+@pytest.mark.parametrize(("fp8", "multiple"), [("none", 1), ("tensorwise", 16), ("rowwise", 16)])
+def test_a_run_with_fp8_pads_every_batch_that_it_makes(cache: TokenCache, fp8: str, multiple: int) -> None:
+    """Training, validation and the rehearsal take their batches of the loader that a job makes."""
+    from sft_job.config.schema import JobConfig
+    from sft_job.job import _loader
+    from sft_job.parallel.mesh import Layout
+
+    config = JobConfig()
+    config.model.fp8 = fp8
+    config.data.micro_batch_size_per_gpu = 2
+    mesh: Any = SimpleNamespace(layout=Layout.of(1, 4, 2))
+    for order in (RowOrder(0, len(cache), 5), FileOrder(len(cache), 5)):
+        subject = _loader(config, cache, order, mesh)
+        lengths = [pack.input_ids.shape[1] for batch in subject.steps(0, 3) for pack in batch.micro_batches]
+        lengths.append(subject.pack([0]).input_ids.shape[1])
+        assert all(length % multiple == 0 for length in lengths)
+        assert multiple > 1 or any(length % 16 for length in lengths)
 
 
 def batch_threads() -> int:

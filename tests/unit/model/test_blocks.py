@@ -1,0 +1,180 @@
+"""Decoder blocks, compiled or not, under every plan of recomputation: the same gradients as the plain ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from sft_job.config.schema import ModelConfig
+from sft_job.data.batches import PackedBatch, pack_rows
+from sft_job.data.cache import TokenRow
+from sft_job.model.attention.call import Backend
+from sft_job.model.attention.choose import BACKENDS
+from sft_job.model.attention.packed import PACKED, register_packed_attention
+from sft_job.model.blocks import Blocks, compiles, first_plan, maybe_compiled
+from sft_job.model.causal_lm import CausalLMLoss
+from sft_job.model.loss import row_losses
+from sft_job.model.recompute import Recompute
+from sft_job.model.supported import decoder_blocks
+from tests.tiny import model_config
+from tests.traced import CALLS, TRACED
+
+NONE, ATTENTION, FULL = Recompute
+SDPA, EAGER = (next(b for b in BACKENDS if b.name == name) for name in ("sdpa", "eager"))
+PLANS = [(NONE, NONE), (ATTENTION, ATTENTION), (FULL, FULL), (FULL, ATTENTION), (ATTENTION, NONE)]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled_before() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def model(
+    backend: Backend = TRACED, *, compiled: bool = False, plan: Sequence[Recompute] = PLANS[0], **more: Any
+) -> CausalLMLoss:
+    """Two blocks of qwen3 in fp64, the same weights each time; compiled without inductor, which adds nothing here."""
+    from transformers import AutoModelForCausalLM
+
+    register_packed_attention()
+    torch.manual_seed(0)
+    config = model_config("qwen3", 300, **more)
+    lm = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation=PACKED)
+    blocks = Blocks(decoder_blocks(lm), backend, compiled=compiled, compiler="aot_eager")
+    blocks.set_plan(plan)
+    return CausalLMLoss(lm, backend, None, blocks, maybe_compiled(row_losses, compiled, "aot_eager")).train()
+
+
+def pack(*lengths: int) -> PackedBatch:
+    random = np.random.default_rng(lengths)
+    rows = [TokenRow(random.integers(3, 290, n).astype(np.int32), np.ones(n, bool)) for n in lengths]
+    return pack_rows(rows, 1, 0, 0)
+
+
+def loss_and_gradients(module: CausalLMLoss, batch: PackedBatch) -> tuple[float, dict[str, torch.Tensor]]:
+    torch.manual_seed(1)
+    loss = module(batch, 7)
+    loss.backward()
+    grads = {name: parameter.grad for name, parameter in module.named_parameters()}
+    module.zero_grad()
+    return loss.item(), grads
+
+
+def assert_same(found: tuple[float, dict], wanted: tuple[float, dict]) -> None:
+    assert found[0] == pytest.approx(wanted[0], rel=1e-13)
+    assert found[1].keys() == wanted[1].keys()
+    scale = max(gradient.abs().max().item() for gradient in wanted[1].values())
+    for name, gradient in wanted[1].items():
+        assert (found[1][name] - gradient).abs().max().item() <= 1e-13 * scale, name
+
+
+def calls() -> int:
+    return CALLS["attend"]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_every_plan_gives_the_plain_gradients(compiled) -> None:
+    """Each plan set on the way, on the same model; the attention op runs as often as the plan says."""
+    batch, plain = pack(9, 1, 4), loss_and_gradients(model(SDPA), pack(9, 1, 4))
+    module = model(compiled=compiled)
+    # Compiled, what matters is seen at three, and each costs seconds.
+    for plan in (PLANS[1], PLANS[2], PLANS[4]) if compiled else PLANS:
+        module.blocks.set_plan(plan)
+        before = calls()
+        assert_same(loss_and_gradients(module, batch), plain)
+        assert calls() - before == 2 + plan.count(FULL), plan
+
+
+@pytest.mark.parametrize(("backend", "compiled"), [(SDPA, False), (EAGER, False), (SDPA, True)])
+def test_backends_that_cannot_be_traced(backend, compiled) -> None:
+    """Compiled, they stand between two graphs."""
+    batch, plain = pack(9, 1, 4), loss_and_gradients(model(), pack(9, 1, 4))
+    module = model(backend, compiled=compiled)
+    for plan in PLANS[1:3] if compiled else PLANS:
+        module.blocks.set_plan(plan)
+        found = loss_and_gradients(module, batch)
+        assert found[0] == pytest.approx(plain[0], rel=1e-13)
+        for name, gradient in plain[1].items():
+            # Softmax of one token has no slope: what is left there is rounding.
+            assert torch.allclose(found[1][name], gradient, rtol=1e-9, atol=1e-12), name
+
+
+@pytest.mark.parametrize(("backend", "plan"), [
+    (TRACED, (ATTENTION, FULL)), pytest.param(SDPA, (FULL, NONE), marks=pytest.mark.slow),
+])  # fmt: skip
+def test_sixty_packs_of_mixed_lengths_compile_within_the_first_ten(backend, plan) -> None:
+    """Packs of one token and of none that is trained among them, which torch takes for cases of their own."""
+    module, plain = model(backend, compiled=True, plan=plan), model(SDPA)
+    random = np.random.default_rng(0)
+    packs = [pack(5, 6), pack(1), pack(2), pack(3, 1)]
+    packs += [pack(*(int(n) for n in random.integers(3, 24, random.integers(1, 7)))) for _ in range(56)]
+    graphs = []
+    for step, batch in enumerate(packs):
+        found = loss_and_gradients(module, batch)
+        if step % 8 == 0:
+            module.eval()
+            with torch.no_grad():
+                assert module(batch, 7).item() == pytest.approx(found[0], rel=1e-12)
+            module.train()
+        if step % 20 == 19:
+            assert_same(found, loss_and_gradients(plain, batch))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0
+    assert len(set(graphs[9:])) == 1, graphs
+    assert bool(counters["graph_break"]) is not backend.traced
+
+
+def test_blocks_share_their_graphs() -> None:
+    """Five blocks cost no more compilations than two."""
+    counts = []
+    for blocks in (2, 5):
+        torch._dynamo.reset()
+        counters.clear()
+        module = model(compiled=True, plan=[NONE] * blocks, num_hidden_layers=blocks)
+        loss_and_gradients(module, pack(3, 4))
+        counts.append(counters["stats"]["unique_graphs"])
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("backend", [SDPA, TRACED])
+def test_dropout_draws_the_same_again(backend, compiled) -> None:
+    """A block that is computed again drops what it dropped: the gradients are those of one that keeps everything."""
+    batch = pack(9, 1, 4)
+    kept = loss_and_gradients(model(backend, attention_dropout=0.3), batch)
+    assert kept[0] != loss_and_gradients(model(backend), batch)[0]
+    module = model(backend, compiled=compiled, attention_dropout=0.3)
+    for plan in (PLANS[4], PLANS[2]):
+        module.blocks.set_plan(plan)
+        assert_same(loss_and_gradients(module, batch), kept)
+
+
+@pytest.mark.parametrize(
+    ("plan", "compiled"), [(PLANS[0], False), (PLANS[1], False), (PLANS[2], False), (PLANS[3], True)]
+)
+def test_evaluation_computes_once_and_keeps_nothing(compiled, plan) -> None:
+    batch = pack(5, 6)
+    module = model(compiled=compiled, plan=plan).eval()
+    before = calls()
+    with torch.no_grad():
+        loss = module(batch, 7)
+    assert loss.grad_fn is None
+    assert calls() - before == 2
+    assert loss.item() == pytest.approx(model(SDPA)(batch, 7).item(), rel=1e-13)
+
+
+def test_what_the_settings_ask_for() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [compiles(ModelConfig(compile=value), cpu) for value in ("auto", True, False)] == [False, True, False]
+    assert [compiles(ModelConfig(compile=value), gpu) for value in ("auto", True, False)] == [True, True, False]
+    assert first_plan(ModelConfig(), 3) == [FULL] * 3
+    assert first_plan(ModelConfig(enable_gradient_checkpointing=False), 3) == [NONE] * 3
+    for plan in Recompute:
+        assert first_plan(ModelConfig(recompute=plan.value, enable_gradient_checkpointing=False), 2) == [plan] * 2
