@@ -83,6 +83,7 @@ class Nodes:
                 raise self._stop()
             text = ", ".join(map(str, sorted(missing)))
             lost = Word(ExitCode.LOST, f"node {text} did not come within {self._patience:g} s")
+            self._left = 0
             self._tell(lost)
             raise JobError(ExitCode.LOST, lost.message)
         self._tell(word)

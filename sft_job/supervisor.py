@@ -70,12 +70,13 @@ class Supervisor:
         self._still_seconds = still_seconds
         self._listener = Listener()
         self._began = time.monotonic()
+        self._before: set[int] = set()
 
     def train(self, config_arg: str | None, overrides: Sequence[str]) -> int:
         """Run the job; its exit code. Never raises for what a user or a rank did."""
         self._listener.install()
         adopt_orphans()
-        before = children()
+        self._before = children()
         try:
             resolution = examined(config_arg, overrides, self._environ)
             try:
@@ -95,8 +96,6 @@ class Supervisor:
                 except JobError as error:
                     nodes.end(error)
                     raise
-                finally:
-                    end_orphans(before, _ORPHAN_SECONDS)
         except JobError as error:
             say(f"{error}\n")
             return error.code
@@ -116,8 +115,10 @@ class Supervisor:
                 start = find_start(config, run)
                 self._tell_start(start, run)
                 if not start.finished:
-                    nodes.agree(Word())
-                    return self._run(resolution, run, start, deadline, lock, nodes)
+                    try:
+                        return self._run(resolution, run, start, deadline, lock, nodes)
+                    finally:
+                        end_orphans(self._before, _ORPHAN_SECONDS)  # while nobody else can hold the run folder
         nodes.agree(Word(ExitCode.DONE, f"already done: {run.final.resolve()}"))
         return ExitCode.DONE
 
@@ -131,7 +132,10 @@ class Supervisor:
             raise JobError(ExitCode(word.code), word.message)
         make_logs(run)
         with tempfile.TemporaryDirectory(prefix="sft_job_") as reports:
-            end = self._work(resolution, run, Path(reports), deadline, None, nodes)
+            try:
+                end = self._work(resolution, run, Path(reports), deadline, None, nodes)
+            finally:
+                end_orphans(self._before, _ORPHAN_SECONDS)
         self._tell_end(end, run)
         return end.code
 
@@ -229,6 +233,7 @@ class Supervisor:
                 raise JobError(ExitCode.CANNOT_CREATE, f"{run.logs} cannot be written: {error}") from error
             try:
                 starts.refuse(resolution.loaded.config.trainer.max_starts_without_progress, run)
+                nodes.agree(Word())
                 end = self._work(resolution, run, folder, deadline, lock, nodes)
             except JobError as error:
                 nodes.end(error)

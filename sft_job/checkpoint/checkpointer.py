@@ -26,7 +26,7 @@ from sft_job.checkpoint.distributed import (
     trained_tensors,
 )
 from sft_job.checkpoint.files import Files
-from sft_job.checkpoint.folder import clear_leftovers, mark_final, state_or_none
+from sft_job.checkpoint.folder import clear_leftovers, mark_final, mend_latest, state_or_none
 from sft_job.checkpoint.save import Order, Saved, Writing, already_there, begin, bytes_needed
 from sft_job.checkpoint.staging import Staging, global_bytes, local_bytes
 from sft_job.checkpoint.state import RunState
@@ -200,9 +200,10 @@ class Checkpointer:
         """Fill module and optimizer from a whole checkpoint.
 
         Raises:
-            JobError: it lacks tensors or does not fit the model (74).
+            JobError: it lacks tensors or does not fit the model (74); the run folder cannot be written (73).
         """
         load_tensors(folder, self._module, self._optimizer, self._group)
+        self._as_file_work(mend_latest, self._run, folder, self._files)
         self._published(folder, self._on_first(state_or_none, folder))
 
     def flags(self) -> tuple[float, float]:

@@ -366,6 +366,21 @@ def clear_leftovers(run: RunFolder, files: Files | None = None) -> None:
             files.remove(path)
 
 
+def mend_latest(run: RunFolder, folder: Path, files: Files) -> None:
+    """Let ``latest`` name a checkpoint of this run that was found whole, where it still names an earlier one.
+
+    A start that died between the two renames of a publication has left it so, and where that was its last save no
+    other one follows.
+    """
+    try:
+        named = step_of(run.checkpoints / run.latest.read_text(encoding="utf-8").strip())
+    except (OSError, ValueError):
+        named = None
+    step = step_of(folder)
+    if folder.parent == run.checkpoints and step is not None and (named is None or named < step):
+        write_durably(run.latest, folder.name, files)
+
+
 def drop_temporary(run: RunFolder, token: str, files: Files) -> None:
     """Remove what a start's own save that failed has left; it may hold the run folder or have lost it."""
     for path in sorted(run.checkpoints.glob(f"{_SAVING}{token}_*")):

@@ -68,19 +68,15 @@ MUTATIONS = (
     Mutation(
         "`latest` before data",
         "sft_job/checkpoint/folder.py",
-        "    files.rename(temporary, folder)\n"
-        "    files.fsync(run.checkpoints)\n"
-        "    write_durably(run.latest, folder.name, files)\n",
-        "    write_durably(run.latest, folder.name, files)\n"
-        "    files.rename(temporary, folder)\n"
-        "    files.fsync(run.checkpoints)\n",
+        "    try:\n        files.rename(temporary, folder)\n",
+        "    write_durably(run.latest, folder.name, files)\n    try:\n        files.rename(temporary, folder)\n",
         ("tests/chaos/test_files.py", "-k", "latest or durable"),
     ),
     Mutation(
         "pointer by plain open",
         "sft_job/checkpoint/folder.py",
-        "    write_durably(run.latest, folder.name, files)\n",
-        '    run.latest.write_text(folder.name, encoding="utf-8")\n',
+        "    files.fsync(run.checkpoints)\n    write_durably(run.latest, folder.name, files)\n",
+        '    files.fsync(run.checkpoints)\n    run.latest.write_text(folder.name, encoding="utf-8")\n',
         ("tests/chaos/test_files.py", "-k", "latest or durable or pointer"),
     ),
     Mutation(

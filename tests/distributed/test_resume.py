@@ -83,6 +83,23 @@ def test_stop_in_the_last_step(inputs, tmp_path, ranks, straight) -> None:
     assert third.done_before
 
 
+@pytest.mark.parametrize("left", ["global_step_4", "", None])
+def test_killed_between_the_last_checkpoint_and_its_pointer(inputs, tmp_path, ranks, left) -> None:
+    """Nothing is saved any more, and yet the pointer names the last one."""
+    run = tmp_path / "run"
+    config = config_of(inputs, run, "trainer.save_freq=4", "trainer.total_training_steps=5")
+    first = ranks(2, run_job, config)[0]
+    checkpoints = run / "checkpoints"
+    (checkpoints / "final").unlink()
+    (checkpoints / "latest").rename(checkpoints / ".latest.tmp")
+    if left is not None:
+        (checkpoints / "latest").write_text(left)
+    second = ranks(2, run_job, config)[0]
+    assert (second.losses, second.weights_sha256) == ([], first.weights_sha256)
+    assert (checkpoints / "latest").read_text() == "global_step_5"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["final", "global_step_4", "global_step_5", "latest"]
+
+
 class Operations(Files):
     """What a run reads back and opens to write, by the name of the step."""
 
