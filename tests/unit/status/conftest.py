@@ -56,10 +56,10 @@ def checkpoint(run: RunFolder) -> Callable[..., Path]:
             version="0",
             contents=contents,
         )
-        folder = temporary_folder(run, step)
+        folder = temporary_folder(run, step, "t")
         folder.mkdir(parents=True)
         (folder / "state.json").write_text(state.to_json())
         (folder / "shard").write_bytes(b"0" * 100)
-        return publish(run, step)
+        return publish(run, step, folder)
 
     return make
