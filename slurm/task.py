@@ -1,0 +1,298 @@
+"""What submitit runs on each node, outside of any container: starts the job there, and queues it again.
+
+The job is a child process. Here is only waiting, so that a signal is answered within a moment whatever the job does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from sft_job.contract import DEFAULT_CONFIG_NAME, STOP_SIGNALS, Env, ExitCode
+from sft_job.jobfile.validate import OURS
+from sft_job.streams import say
+from slurm.allocation import Allocation, read_allocation
+from slurm.containers import Setting, job_command, job_environ, removal_command
+from slurm.ends import Ends
+from slurm.plan import NO_PREFLIGHT, ONLY_PREFLIGHT, Plan
+from slurm.requeue import (
+    Asked,
+    Restart,
+    Verdict,
+    code_of,
+    joint_code,
+    judge,
+    read_restarts,
+    with_unseen,
+    write_restarts,
+)
+
+_POLL_SECONDS = 0.2
+_PEERS_SECONDS = 3.0
+"""Between two looks at the other nodes while the job runs."""
+_NOTICE_SECONDS = 45.0
+"""How long this node's ranks may take to notice by themselves that another node's have failed."""
+_LEAVE_SECONDS = 30.0
+"""From the signal that ends them to the kill."""
+_GATHER_SECONDS = 20.0
+"""How long the end of this node waits for those of the others."""
+_SCONTROL_SECONDS = (5, 15, 30)
+_REMOVE_SECONDS = 60
+
+
+def run_node(values: Mapping[str, Any]) -> None:
+    """Run the job on this node; ends the process with the job's exit code unless it is done.
+
+    Args:
+        values: of the ``Plan``.
+    """
+    node = Node(Plan.of(values), read_allocation(os.environ), os.environ)
+    code = node.run()
+    # What Slurm still sends to end this start must not change its code.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    if code != ExitCode.DONE:
+        # No error that submitit would keep: the code is what Slurm shows, and what was wrong stands in the log.
+        sys.exit(code)
+
+
+class Listener:
+    """What signals asked of this process, and the child that they are passed on to."""
+
+    def __init__(self) -> None:
+        self.asked = Asked()
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def install(self) -> None:
+        """Listen from here on, in place of submitit, which would end this process and leave the job behind."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._note)
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+    def passes_to(self, child: subprocess.Popen[bytes] | None) -> None:
+        """From now on signals are passed on to this process; one that came before is so now."""
+        self._child = child
+        if child is not None and self.asked.any:
+            self._pass(signal.SIGTERM)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        now = time.time()
+        if number in (signal.SIGUSR1, signal.SIGUSR2):
+            self.asked = Asked(self.asked.warned_at or now, self.asked.stopped_at)
+        else:
+            self.asked = Asked(self.asked.warned_at, self.asked.stopped_at or now)
+        self._pass(number)
+
+    def _pass(self, number: int) -> None:
+        if self._child is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._child.send_signal(number)
+
+
+class Node:
+    """The job on one node, from its start to what becomes of it.
+
+    Args:
+        plan: what is to happen.
+        allocation: where this node stands.
+        environ: environment of this process.
+        clock: Unix time.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        allocation: Allocation,
+        environ: Mapping[str, str],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._plan = plan
+        self._here = allocation
+        self._clock = clock
+        self._listener = Listener()
+        folder = Path(plan.folder)
+        self._ends = Ends(folder, allocation.job_id, allocation.start)
+        self._restarts_file = folder / f"{allocation.job_id}_restarts.json"
+        variables = job_variables(plan, allocation, environ)
+        host = allocation.hosts[allocation.node]
+        self._setting = Setting(plan, variables, allocation.job_id, allocation.node, host)
+
+    def run(self) -> int:
+        """Run what the plan says; the exit code of this node's task."""
+        self._listener.install()
+        self._remove_leftovers()
+        own = self._run_verbs()
+        self._ends.put(self._here.node, own)
+        verdict = self._verdict(self._gather())
+        if self._here.node == 0:
+            self._tell(verdict.why)
+            if verdict.cause is not None:
+                self._queue_again(verdict)
+        return verdict.code
+
+    def _run_verbs(self) -> int:
+        arguments = [self._plan.config, *self._plan.overrides]
+        code = int(ExitCode.DONE)
+        if self._plan.preflight != NO_PREFLIGHT:
+            code = self._run_child(job_command(self._setting, "preflight", *arguments))
+        if code != ExitCode.DONE or self._plan.preflight == ONLY_PREFLIGHT:
+            return code
+        if self._listener.asked.any:
+            return int(ExitCode.STOPPED)
+        return self._run_child(job_command(self._setting, "train", *arguments))
+
+    def _run_child(self, command: Sequence[str]) -> int:
+        """Run a command to its end; its exit code by the contract."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            # Blocked in the child too, until it listens: a signal that comes early waits there.
+            child = subprocess.Popen(command, env=job_environ(self._setting), stdin=subprocess.DEVNULL)
+        except OSError as error:
+            say(f"slurm: {command[0]} cannot be started on {self._setting.host}: {error.strerror or error}\n")
+            return int(ExitCode.CONFIG)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self._listener.passes_to(child)
+        peers = Peers(self._ends, self._here.node)
+        while child.poll() is None:
+            time.sleep(_POLL_SECONDS)
+            number = peers.wish(time.monotonic(), self._plan.grace_seconds)
+            if number is not None:
+                self._tell(f"another node ended with {peers.code}: this one's job is sent {number.name}")
+                with contextlib.suppress(ProcessLookupError):
+                    child.send_signal(number)
+        self._listener.passes_to(None)
+        return code_of(child.returncode, self._listener.asked)
+
+    def _gather(self) -> dict[int, int]:
+        """The ends of all nodes, or of those that are known after a while."""
+        deadline = time.monotonic() + _GATHER_SECONDS
+        while len(ends := self._ends.all()) < self._here.nodes and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+        return ends
+
+    def _verdict(self, ends: Mapping[int, int]) -> Verdict:
+        code = joint_code(ends)
+        if self._plan.preflight == ONLY_PREFLIGHT:
+            return Verdict(code, None, "preflight passed" if code == ExitCode.DONE else "preflight failed")
+        return judge(
+            code,
+            self._listener.asked,
+            now=self._clock(),
+            end_time=self._here.end_time,
+            grace_seconds=self._plan.grace_seconds,
+            restarts=self._restarts(),
+            retries=self._plan.retries,
+        )
+
+    def _restarts(self) -> tuple[Restart, ...]:
+        return with_unseen(read_restarts(self._restarts_file), self._here.start)
+
+    def _queue_again(self, verdict: Verdict) -> None:
+        """Queue the job again, once; Slurm then ends what is left of it on every node."""
+        restart = Restart(self._here.start, str(verdict.cause), verdict.code)
+        try:
+            write_restarts(self._restarts_file, (*self._restarts(), restart))
+        except OSError as error:
+            say(f"slurm: {self._restarts_file} cannot be written ({error}): restarts are not counted\n")
+        for seconds in _SCONTROL_SECONDS:
+            try:
+                done = subprocess.run(
+                    ["scontrol", "requeue", self._here.job_id], capture_output=True, text=True, timeout=60, check=False
+                )
+                said = done.stderr.strip()
+                if done.returncode == 0:
+                    return
+            except (OSError, subprocess.TimeoutExpired) as error:
+                said = str(error)
+            say(f"slurm: scontrol requeue {self._here.job_id}: {said}\n")
+            time.sleep(seconds)
+        say(f"slurm: the job is not queued again; do it by hand: scontrol requeue {self._here.job_id}\n")
+
+    def _remove_leftovers(self) -> None:
+        """A container of an earlier start that Slurm's kill did not reach."""
+        command = removal_command(self._setting)
+        if command is not None:
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                subprocess.run(command, capture_output=True, timeout=_REMOVE_SECONDS, check=False)
+
+    def _tell(self, text: str) -> None:
+        say(f"slurm: start {self._here.start} of job {self._here.job_id}, node {self._here.node}: {text}\n")
+
+
+class Peers:
+    """Watches the other nodes while this one's job runs.
+
+    Args:
+        ends: of this start.
+        node: this node.
+    """
+
+    def __init__(self, ends: Ends, node: int) -> None:
+        self._ends = ends
+        self._node = node
+        self._next = 0.0
+        self._since: float | None = None
+        self._sent: set[signal.Signals] = set()
+        self.code = 0
+        """The exit code of the node that ended first with anything but 0."""
+
+    def wish(self, now: float, grace_seconds: float) -> signal.Signals | None:
+        """What to send to this node's job, because another node has ended; None = nothing.
+
+        A node that was stopped stops the others at once. One that failed is noticed by its peers' ranks, which then say
+        more than a signal could; they are ended where they do not.
+        """
+        if now >= self._next and self._since is None:
+            self._next = now + _PEERS_SECONDS
+            others = [code for node, code in self._ends.all().items() if node != self._node and code != ExitCode.DONE]
+            if others:
+                self._since, self.code = now, next((each for each in others if each != ExitCode.STOPPED), others[0])
+        if self._since is None:
+            return None
+        stopped = self.code == ExitCode.STOPPED
+        first = self._since + (0 if stopped else _NOTICE_SECONDS)
+        last = first + (grace_seconds if stopped else 0) + _LEAVE_SECONDS
+        due = [number for at, number in ((first, signal.SIGTERM), (last, signal.SIGKILL)) if now >= at]
+        for number in due:
+            if number not in self._sent:
+                self._sent.add(number)
+                return number
+        return None
+
+
+def job_variables(plan: Plan, here: Allocation, environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment of the job on this node: Slurm's and the submitter's, what the job file says, and the contract's.
+
+    What others may have left of the contract's variables (a torchrun, a shell that trains) is taken out.
+    """
+    config = Path(plan.config)
+    variables = {name: value for name, value in environ.items() if name not in OURS}
+    if plan.interface:
+        variables["NCCL_SOCKET_IFNAME"] = plan.interface
+        if not plan.interface.startswith("^"):  # gloo takes names only
+            variables["GLOO_SOCKET_IFNAME"] = plan.interface.lstrip("=")
+    variables |= plan.environment
+    variables |= {
+        Env.CONFIG_PATH: str(config.parent),
+        Env.CONFIG_NAME: config.name or DEFAULT_CONFIG_NAME,
+        Env.CHECKPOINT_DIR: plan.checkpoint_dir,
+        Env.NPROC_PER_NODE: str(plan.ranks_per_node),
+        Env.NNODES: str(here.nodes),
+        Env.NODE_RANK: str(here.node),
+        Env.JOB_ID: here.launcher_job,
+    }
+    if here.nodes > 1:
+        variables[Env.MASTER_ADDR] = here.hosts[0]
+        variables[Env.MASTER_PORT] = str(plan.master_port or here.port)
+    if here.end_time is not None:
+        variables[Env.END_TIME] = repr(here.end_time)
+    return variables
