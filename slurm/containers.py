@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ class Setting:
         job_id: Slurm's id.
         node: this node's number in the job.
         host: its name in Slurm.
+        user: ``UID:GID`` of the job.
     """
 
     plan: Plan
@@ -34,6 +34,7 @@ class Setting:
     job_id: str
     node: int
     host: str
+    user: str
 
     @property
     def mounts(self) -> list[Mount]:
@@ -144,7 +145,7 @@ def _engine(name: str, setting: Setting, more: Sequence[str]) -> list[str]:
         "--network=host",
         f"--shm-size={plan.shm_gib:g}g",
         "--ulimit=memlock=-1",
-        f"--user={os.getuid()}:{os.getgid()}",
+        f"--user={setting.user}",
         "--entrypoint=",
         *more,
         *(f"--volume={mount}" for mount in setting.mounts),

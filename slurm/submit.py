@@ -81,7 +81,7 @@ def plan_text(job: JobFile, plan: Plan) -> str:
     variables = job_variables(dataclasses.replace(plan, master_port=plan.master_port or 1), here, {})
     if plan.master_port is None and Env.MASTER_PORT in variables:
         variables[Env.MASTER_PORT] = "(from the job's id)"
-    setting = Setting(plan, variables, "JOBID", 0, "NODE0")
+    setting = Setting(plan, variables, "JOBID", 0, "NODE0", "UID:GID")
     verbs = {NO_PREFLIGHT: ["train"], FIRST_PREFLIGHT: ["preflight", "train"], ONLY_PREFLIGHT: ["preflight"]}
     commands = [job_command(setting, verb, plan.config, *plan.overrides) for verb in verbs[plan.preflight]]
     limits = ", ".join(

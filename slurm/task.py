@@ -21,6 +21,7 @@ from sft_job.jobfile.validate import OURS
 from sft_job.streams import say
 from slurm.allocation import Allocation, read_allocation
 from slurm.containers import Setting, job_command, job_environ, removal_command
+from slurm.controller import queue_again
 from slurm.ends import Ends
 from slurm.plan import NO_PREFLIGHT, ONLY_PREFLIGHT, Plan
 from slurm.requeue import (
@@ -44,7 +45,6 @@ _LEAVE_SECONDS = 30.0
 """From the signal that ends them to the kill."""
 _GATHER_SECONDS = 20.0
 """How long the end of this node waits for those of the others."""
-_SCONTROL_SECONDS = (5, 15, 30)
 _REMOVE_SECONDS = 60
 
 
@@ -123,7 +123,9 @@ class Node:
         self._restarts_file = folder / f"{allocation.job_id}_restarts.json"
         variables = job_variables(plan, allocation, environ)
         host = allocation.hosts[allocation.node]
-        self._setting = Setting(plan, variables, allocation.job_id, allocation.node, host)
+        self._setting = Setting(
+            plan, variables, allocation.job_id, allocation.node, host, f"{os.getuid()}:{os.getgid()}"
+        )
 
     def run(self) -> int:
         """Run what the plan says; the exit code of this node's task."""
@@ -147,19 +149,25 @@ class Node:
             return code
         if self._listener.asked.any:
             return int(ExitCode.STOPPED)
-        return self._run_child(job_command(self._setting, "train", *arguments))
+        # A container runtime may listen to nothing, and would pass nothing on.
+        return self._run_child(job_command(self._setting, "train", *arguments), listens=self._plan.container == "none")
 
-    def _run_child(self, command: Sequence[str]) -> int:
-        """Run a command to its end; its exit code by the contract."""
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    def _run_child(self, command: Sequence[str], *, listens: bool = False) -> int:
+        """Run a command to its end; its exit code by the contract.
+
+        Args:
+            command: what to run.
+            listens: it unblocks signals once it listens to them, so that one that comes early waits there.
+        """
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS) if listens else ()
         try:
-            # Blocked in the child too, until it listens: a signal that comes early waits there.
             child = subprocess.Popen(command, env=job_environ(self._setting), stdin=subprocess.DEVNULL)
         except OSError as error:
             say(f"slurm: {command[0]} cannot be started on {self._setting.host}: {error.strerror or error}\n")
             return int(ExitCode.CONFIG)
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            if listens:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._listener.passes_to(child)
         peers = Peers(self._ends, self._here.node)
         while child.poll() is None:
@@ -197,25 +205,13 @@ class Node:
         return with_unseen(read_restarts(self._restarts_file), self._here.start)
 
     def _queue_again(self, verdict: Verdict) -> None:
-        """Queue the job again, once; Slurm then ends what is left of it on every node."""
+        """Write down why, and queue the job again."""
         restart = Restart(self._here.start, str(verdict.cause), verdict.code)
         try:
             write_restarts(self._restarts_file, (*self._restarts(), restart))
         except OSError as error:
             say(f"slurm: {self._restarts_file} cannot be written ({error}): restarts are not counted\n")
-        for seconds in _SCONTROL_SECONDS:
-            try:
-                done = subprocess.run(
-                    ["scontrol", "requeue", self._here.job_id], capture_output=True, text=True, timeout=60, check=False
-                )
-                said = done.stderr.strip()
-                if done.returncode == 0:
-                    return
-            except (OSError, subprocess.TimeoutExpired) as error:
-                said = str(error)
-            say(f"slurm: scontrol requeue {self._here.job_id}: {said}\n")
-            time.sleep(seconds)
-        say(f"slurm: the job is not queued again; do it by hand: scontrol requeue {self._here.job_id}\n")
+        queue_again(self._here.job_id, self._here.start, self._tell)
 
     def _remove_leftovers(self) -> None:
         """A container of an earlier start that Slurm's kill did not reach."""

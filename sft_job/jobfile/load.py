@@ -62,7 +62,7 @@ def load_job(
 
     Args:
         path: the job file.
-        overrides: ``key=value`` from the command line. A key of the run's config (``optim.lr``) is added to ``overrides``.
+        overrides: ``key=value`` from the command line; one of the run's config (``optim.lr``) goes to ``overrides``.
         launcher: name of the launcher's block.
         block: its dataclass.
         check: what the launcher has to say about the settings; asked where every value has the right type.
@@ -210,11 +210,12 @@ class _Reader:
         while section and section not in section_paths(self.fields):
             section = section.rpartition(".")[0]
         known = {*self.fields, *section_paths(self.fields)} - {""}
-        names = sorted({each for each in known if each.rpartition(".")[0] == section})
-        close = nearest(key, names)
-        legal = ", ".join(each.rpartition(".")[2] for each in names)
+        names = sorted({each.rpartition(".")[2] for each in known if each.rpartition(".")[0] == section})
+        word = key.rpartition(".")[2]
+        close = next((each for each in names if each.startswith(word)), None) or nearest(word, names)
+        legal = ", ".join(names)
         place = f"below {section}" if section else "at the top level"
-        return (f"did you mean {close}? " if close else "") + f"{place} there are: {legal}"
+        return (f"did you mean {join(section, close)}? " if close else "") + f"{place} there are: {legal}"
 
 
 class _WrongTypeError(Exception):

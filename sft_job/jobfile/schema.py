@@ -30,7 +30,7 @@ class Resources:
 
 @dataclass
 class Retries:
-    """How often the launcher starts the job again after each kind of end. The job's own breaker (86) ends it besides."""
+    """How often the launcher starts the job again after each kind of end; the job's own breaker (86) holds besides."""
 
     timeouts: int | None = None
     """After a time limit; null = as often as it takes."""

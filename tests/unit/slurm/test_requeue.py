@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sft_job.contract import ExitCode
+from slurm.requeue import (
+    Asked,
+    Cause,
+    Restart,
+    code_of,
+    joint_code,
+    judge,
+    read_restarts,
+    with_unseen,
+    write_restarts,
+)
+
+NOBODY, WARNED, ENDED, BOTH = Asked(), Asked(warned_at=100.0), Asked(stopped_at=100.0), Asked(100.0, 120.0)
+FAR, NEAR = 100_000.0, 150.0
+
+
+def verdict(code: int, asked: Asked, end: float | None = FAR, now: float = 110.0, restarts: tuple[Restart, ...] = ()):
+    limits = {"timeout": 2, "preemption": 1, "loss": 0 if restarts else 3}
+    return judge(code, asked, now=now, end_time=end, grace_seconds=10, restarts=restarts, retries=limits)
+
+
+@pytest.mark.parametrize(
+    ("code", "asked", "end", "cause"),
+    [
+        (0, NOBODY, FAR, None),
+        (0, WARNED, NEAR, None),
+        (143, WARNED, FAR, Cause.PREEMPTION),
+        (143, WARNED, NEAR, Cause.TIMEOUT),
+        (143, WARNED, None, Cause.PREEMPTION),
+        (143, NOBODY, NEAR, Cause.TIMEOUT),
+        (143, NOBODY, FAR, Cause.TIMEOUT),  # the job's own deadline: steps may be longer than Slurm's warning
+        (143, ENDED, FAR, None),
+        (143, BOTH, FAR, None),
+        (137, NOBODY, FAR, Cause.LOSS),
+        (137, WARNED, FAR, Cause.LOSS),
+        (137, ENDED, FAR, None),
+        (2, WARNED, NEAR, None),
+        (86, NOBODY, FAR, None),
+        (1, NOBODY, FAR, None),
+        (127, NOBODY, FAR, None),
+    ],
+)
+def test_what_becomes_of_a_job(code: int, asked: Asked, end: float | None, cause: Cause | None) -> None:
+    found = verdict(code, asked, end)
+    assert (found.code, found.cause) == (code, cause)
+
+
+def test_the_limit_itself_is_no_cancellation() -> None:
+    """A save that takes longer than the warning allows is cut off by the limit's TERM."""
+    assert verdict(143, BOTH, end=119.0, now=121.0).cause == Cause.TIMEOUT
+
+
+def test_causes_are_counted_apart() -> None:
+    earlier = (Restart(0, "timeout", 143), Restart(1, "preemption", 143), Restart(2, "scheduler", None))
+    assert verdict(143, WARNED, NEAR, restarts=earlier).cause == Cause.TIMEOUT
+    refused = verdict(143, WARNED, FAR, restarts=earlier)
+    assert refused.cause is None
+    assert refused.why == "preemption number 2, and retries allow 1: not queued again"
+    assert verdict(137, NOBODY, restarts=earlier).cause is None
+
+
+@pytest.mark.parametrize(
+    ("returned", "asked", "code"),
+    [
+        (0, NOBODY, 0),
+        (2, WARNED, 2),
+        (143, NOBODY, 143),
+        (137, NOBODY, 137),
+        (-signal.SIGKILL, WARNED, 137),
+        (-signal.SIGTERM, NOBODY, 137),
+        (-signal.SIGTERM, ENDED, 143),
+        (-signal.SIGUSR2, WARNED, 143),
+        (128 + signal.SIGUSR2, WARNED, 143),
+        (128 + signal.SIGUSR2, NOBODY, 137),
+        (128 + signal.SIGSEGV, NOBODY, 137),
+        (-signal.SIGSEGV, ENDED, 137),
+        (126, NOBODY, 126),
+    ],
+)
+def test_codes_of_processes(returned: int, asked: Asked, code: int) -> None:
+    assert code_of(returned, asked) == code
+
+
+@pytest.mark.parametrize(
+    ("ends", "code"),
+    [
+        ({0: 0, 1: 0}, 0),
+        ({0: 0, 1: 143}, 0),
+        ({0: 2, 1: 137}, 2),
+        ({0: 137, 1: 88}, 88),
+        ({0: 143, 1: 65, 2: 2}, 65),
+        ({0: 143, 1: 137}, 137),
+        ({0: 143, 1: 143}, 143),
+        ({0: 143, 1: 0}, 143),
+        ({0: 137}, 137),
+        ({1: 143}, 143),
+        ({}, 137),
+    ],
+)
+def test_one_code_for_all_nodes(ends: dict[int, int], code: int) -> None:
+    assert joint_code(ends) == code
+
+
+@given(st.lists(st.sampled_from([Restart(0, "timeout", 143), Restart(0, "loss", 137)]), max_size=5), st.integers(0, 8))
+def test_restarts_that_nobody_asked_for(
+    tmp_path_factory: pytest.TempPathFactory, kinds: list[Restart], now: int
+) -> None:
+    known = tuple(Restart(at * 2, each.cause, each.code) for at, each in enumerate(kinds))
+    path = tmp_path_factory.getbasetemp() / "restarts.json"
+    write_restarts(path, known)
+    found = with_unseen(read_restarts(path), now)
+    assert [each.start for each in found] == list(range(now))
+    assert all(each in known or each.cause == Cause.SCHEDULER for each in found)
+    assert {each for each in known if each.start < now} <= set(found)
+
+
+def test_a_damaged_file_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "restarts.json"
+    assert read_restarts(path) == ()
+    for text in ("", "[]", '{"restarts": [{}]}', '{"restarts": 3}'):
+        path.write_text(text)
+        assert read_restarts(path) == ()
+
+
+def test_only_what_launchers_retry_is_queued_again() -> None:
+    retried = {code for code in ExitCode if verdict(int(code), WARNED).cause is not None}
+    assert retried == {ExitCode.LOST, ExitCode.STOPPED}
