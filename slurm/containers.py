@@ -170,7 +170,8 @@ class Runtime:
 
 
 def _own_python(plan: Plan) -> list[str]:
-    return [plan.python, "-m", "sft_job.cli"]
+    # -P: a folder of yours that is called slurm, or a json.py, is not taken for a package.
+    return [plan.python, "-P", "-m", "sft_job.cli"]
 
 
 def _in_image(plan: Plan) -> list[str]:

@@ -19,10 +19,12 @@ class JobState:
     Attributes:
         state: such as RUNNING or CANCELLED.
         restarts: how often it was queued again.
+        preempted: it has to make room for another job.
     """
 
     state: str
     restarts: int
+    preempted: bool = False
 
 
 def job_state(job_id: str) -> JobState | None:
@@ -32,7 +34,12 @@ def job_state(job_id: str) -> JobState | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     state, restarts = re.search(r"\bJobState=(\w+)", asked.stdout), re.search(r"\bRestarts=(\d+)", asked.stdout)
-    return JobState(state[1], int(restarts[1])) if asked.returncode == 0 and state and restarts else None
+    if asked.returncode != 0 or not state or not restarts:
+        return None
+    preempted = re.search(r"\bPreemptTime=(\S+)", asked.stdout)
+    return JobState(
+        state[1], int(restarts[1]), preempted is not None and preempted[1] not in ("None", "N/A", "Unknown")
+    )
 
 
 def queue_again(job_id: str, start: int, tell: Callable[[str], None], pauses: Sequence[float] = _PAUSES) -> bool:

@@ -18,14 +18,13 @@ from sft_job.jobfile.schema import JobFile
 from sft_job.jobfile.validate import seconds_of
 from slurm.plan import ONLY_PREFLIGHT, Plan
 from slurm.settings import SlurmSettings
+from slurm.warning import WARNING
 
-SIGNAL = "USR2"
-"""Slurm's warning. NCCL catches USR1."""
 _LEAVE_SECONDS = 15
 """Between the end of the job's own grace and that of Slurm: to agree between the nodes and to queue again."""
 _PREFLIGHT_TIME = "10"
-# Python is deaf for a second while it starts, and a warning in that second would end it: what is ignored stays so
-# until the task listens. The time limit is known to the job without a warning.
+# Python is deaf for a second while it starts, and one of these in that second would end it: what is ignored stays so
+# until the task listens.
 _STARTER = 'trap "" USR1 USR2; exec "$0" "$@"'
 
 
@@ -44,7 +43,7 @@ class Executor(SlurmExecutor):
 
 def make_executor(job: JobFile, slurm: SlurmSettings, plan: Plan) -> Executor:
     """The executor that renders and submits this job."""
-    executor = Executor(plan.folder, python=shlex.join(["bash", "-c", _STARTER, plan.python]))
+    executor = Executor(plan.folder, python=shlex.join(["bash", "-c", _STARTER, plan.python, "-P"]))
     executor.update_parameters(**parameters(job, slurm, plan))
     return executor
 
@@ -101,7 +100,7 @@ def _more(job: JobFile, slurm: SlurmSettings, plan: Plan) -> dict[str, Any]:
     time = _time(job, plan)
     return {
         # Also where SUBMITIT_PREEMPT_SIGNAL is set: the text depends on the job file alone.
-        "signal": f"{SIGNAL}@{job.grace_seconds + _LEAVE_SECONDS}",
+        "signal": f"{WARNING.name.removeprefix('SIG')}@{job.grace_seconds + _LEAVE_SECONDS}",
         **({} if time is None else {"time": time}),
         "no-requeue" if plan.preflight == ONLY_PREFLIGHT else "requeue": True,
         **{name: True if value == "true" else value for name, value in slurm.sbatch.items()},

@@ -15,6 +15,7 @@ from sft_job.contract import ExitCode
 
 _KILLED = 128
 _STOPPING = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2))
+_TIMEOUTS_IN_VAIN = 3
 _KNOWN = frozenset(int(code) for code in ExitCode)
 
 
@@ -33,15 +34,17 @@ class Cause(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Asked:
-    """What signals said.
+    """What was asked of the job.
 
     Attributes:
-        warned_at: Unix time of the first warning (USR2); None without one.
+        warned_at: Unix time at which it was first asked to save and be queued again; None = it was not.
         stopped_at: of the first TERM, INT or HUP, which means: no requeue of our own.
+        limit: it was asked because its time is over.
     """
 
     warned_at: float | None = None
     stopped_at: float | None = None
+    limit: bool = False
 
     @property
     def any(self) -> bool:
@@ -51,11 +54,19 @@ class Asked:
 
 @dataclass(frozen=True)
 class Restart:
-    """One time that the job was queued again: the start that ended so, why, and its exit code (None: nobody saw it)."""
+    """One time that the job was queued again.
+
+    Attributes:
+        start: the start that ended so.
+        cause: why.
+        code: its exit code; None where nobody saw it.
+        step: of the newest checkpoint at its end; None where there was none.
+    """
 
     start: int
     cause: str
     code: int | None
+    step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -103,9 +114,8 @@ def judge(
     code: int,
     asked: Asked,
     *,
-    now: float,
-    end_time: float | None,
-    grace_seconds: float,
+    over: bool,
+    step: int | None,
     restarts: tuple[Restart, ...],
     retries: Mapping[str, int | None],
 ) -> Verdict:
@@ -113,10 +123,9 @@ def judge(
 
     Args:
         code: of all nodes together.
-        asked: what signals said to node 0.
-        now: Unix time.
-        end_time: when Slurm will end this start; None = never, or unknown.
-        grace_seconds: Slurm's warning comes so long before, and up to a minute earlier.
+        asked: what node 0 was asked.
+        over: the time limit has been reached.
+        step: of the newest checkpoint; None where there is none.
         restarts: earlier ones.
         retries: how many of each cause; None or no entry = as many as it takes.
     """
@@ -124,26 +133,34 @@ def judge(
         return Verdict(code, None, "done")
     if code not in (ExitCode.STOPPED, ExitCode.LOST):
         return Verdict(code, None, f"exit code {code} would be the same the next time: not queued again")
-    over = end_time is not None and now >= end_time - 1
-    if asked.stopped_at is not None and not (asked.warned_at is not None and over):
+    if asked.stopped_at is not None and not over:
         return Verdict(code, None, "ended from outside (scancel, scontrol requeue or preemption): Slurm decides")
     cause = Cause.LOSS
     if code == ExitCode.STOPPED:
-        # The job leaves by itself only because of a deadline, which it may see long before Slurm's warning.
-        near = end_time is not None and (asked.warned_at or now) >= end_time - grace_seconds - 90
-        cause = Cause.TIMEOUT if near or asked.warned_at is None else Cause.PREEMPTION
+        # Nobody asked: the job left by itself, because of its deadline.
+        cause = Cause.PREEMPTION if asked.warned_at is not None and not asked.limit else Cause.TIMEOUT
     count = sum(restart.cause == cause for restart in restarts)
     limit = retries.get(cause)
     if limit is not None and count >= limit:
         return Verdict(code, None, f"{cause} number {count + 1}, and retries allow {limit}: not queued again")
+    if cause == Cause.TIMEOUT and _stand_still(restarts, step):
+        why = f"{_TIMEOUTS_IN_VAIN} starts in a row came to their time limit without a new checkpoint: not queued again"
+        return Verdict(int(ExitCode.NO_PROGRESS), None, f"{why}\n    fix: a longer resources.time")
     return Verdict(code, cause, f"{cause} number {count + 1}: queued again")
+
+
+def _stand_still(restarts: tuple[Restart, ...], step: int | None) -> bool:
+    """Whether too many starts, this one among them, were too short. The job's own breaker does not count stops."""
+    last = restarts[-(_TIMEOUTS_IN_VAIN - 1) :]
+    in_vain = [restart.cause == Cause.TIMEOUT and restart.step == step for restart in last]
+    return len(in_vain) == _TIMEOUTS_IN_VAIN - 1 and all(in_vain)
 
 
 def read_restarts(path: Path) -> tuple[Restart, ...]:
     """Earlier restarts of a job; none where there is no such file, or it cannot be read."""
     try:
         records: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["restarts"]
-        return tuple(Restart(int(each["start"]), str(each["cause"]), each["code"]) for each in records)
+        return tuple(Restart(int(each["start"]), str(each["cause"]), each["code"], each["step"]) for each in records)
     except (OSError, ValueError, KeyError, TypeError):
         return ()
 

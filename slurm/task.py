@@ -12,16 +12,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from sft_job.contract import DEFAULT_CONFIG_NAME, STOP_SIGNALS, Env, ExitCode
+from sft_job.contract import DEFAULT_CONFIG_NAME, STOP_SIGNALS, Env, ExitCode, RunFolder, step_of
 from sft_job.jobfile.validate import OURS
 from sft_job.streams import say
 from slurm.allocation import Allocation, read_allocation
 from slurm.containers import Setting, job_command, job_environ, removal_command
-from slurm.controller import queue_again
+from slurm.controller import job_state, queue_again
 from slurm.ends import Ends
 from slurm.plan import NO_PREFLIGHT, ONLY_PREFLIGHT, Plan
 from slurm.requeue import (
@@ -35,6 +36,7 @@ from slurm.requeue import (
     with_unseen,
     write_restarts,
 )
+from slurm.warning import WARNING
 
 _POLL_SECONDS = 0.2
 _PEERS_SECONDS = 3.0
@@ -46,6 +48,8 @@ _LEAVE_SECONDS = 30.0
 _GATHER_SECONDS = 20.0
 """How long the end of this node waits for those of the others."""
 _REMOVE_SECONDS = 60
+_EARLY_SECONDS = 90.0
+"""Slurm's warning comes so long before the job's grace at the most: time to leave, and up to a minute."""
 
 
 def run_node(values: Mapping[str, Any]) -> None:
@@ -68,14 +72,16 @@ class Listener:
 
     def __init__(self) -> None:
         self.asked = Asked()
+        self._warned = False
         self._child: subprocess.Popen[bytes] | None = None
 
     def install(self) -> None:
         """Listen from here on, in place of submitit, which would end this process and leave the job behind."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
+        signal.signal(WARNING, self._note_warning)
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (*STOP_SIGNALS, WARNING))
 
     def passes_to(self, child: subprocess.Popen[bytes] | None) -> None:
         """From now on signals are passed on to this process; one that came before is so now."""
@@ -83,12 +89,26 @@ class Listener:
         if child is not None and self.asked.any:
             self._pass(signal.SIGTERM)
 
+    def take_warning(self) -> bool:
+        """Slurm warned since the last look."""
+        warned, self._warned = self._warned, False
+        return warned
+
+    def ask_to_save(self, *, limit: bool) -> None:
+        """Ask the job to save and leave, to be queued again; a second time is no worse."""
+        if not self.asked.any:
+            self.asked = Asked(time.time(), None, limit)
+            self._pass(signal.SIGTERM)
+
+    def _note_warning(self, number: int, frame: FrameType | None) -> None:
+        self._warned = True
+
     def _note(self, number: int, frame: FrameType | None) -> None:
-        now = time.time()
+        now, asked = time.time(), self.asked
         if number in (signal.SIGUSR1, signal.SIGUSR2):
-            self.asked = Asked(self.asked.warned_at or now, self.asked.stopped_at)
+            self.asked = replace(asked, warned_at=asked.warned_at or now)
         else:
-            self.asked = Asked(self.asked.warned_at, self.asked.stopped_at or now)
+            self.asked = replace(asked, stopped_at=asked.stopped_at or now)
         self._pass(number)
 
     def _pass(self, number: int) -> None:
@@ -172,6 +192,7 @@ class Node:
         peers = Peers(self._ends, self._here.node)
         while child.poll() is None:
             time.sleep(_POLL_SECONDS)
+            self._look_at_the_clock()
             number = peers.wish(time.monotonic(), self._plan.grace_seconds)
             if number is not None:
                 self._tell(f"another node ended with {peers.code}: this one's job is sent {number.name}")
@@ -179,6 +200,27 @@ class Node:
                     child.send_signal(number)
         self._listener.passes_to(None)
         return code_of(child.returncode, self._listener.asked)
+
+    def _look_at_the_clock(self) -> None:
+        """Ask the job to save when its time is nearly over, or when Slurm warns of something else.
+
+        Node 0 alone does: its ranks tell the others'. Slurm's warning of the time limit is early, and comes at the
+        start of a job whose whole time is short; the clock is exact.
+        """
+        if self._here.node != 0:
+            return
+        end, grace = self._here.end_time, self._plan.grace_seconds
+        if end is not None and self._clock() >= end - grace and not self._listener.asked.any:
+            self._tell("the time limit is near: the job saves and leaves")
+            self._listener.ask_to_save(limit=True)
+        if self._listener.take_warning():
+            state = job_state(self._here.job_id)
+            preempted = state is not None and state.preempted
+            near = end is None or self._clock() >= end - grace - _EARLY_SECONDS
+            # Of a time limit that is known the clock takes care; a controller that does not answer may mean either.
+            if preempted or not near or end is None or state is None:
+                self._tell("Slurm warns: the job saves and leaves")
+                self._listener.ask_to_save(limit=near and not preempted)
 
     def _gather(self) -> dict[int, int]:
         """The ends of all nodes, or of those that are known after a while."""
@@ -194,24 +236,35 @@ class Node:
         return judge(
             code,
             self._listener.asked,
-            now=self._clock(),
-            end_time=self._here.end_time,
-            grace_seconds=self._plan.grace_seconds,
+            over=self._here.end_time is not None and self._clock() >= self._here.end_time - 1,
+            step=self._step(),
             restarts=self._restarts(),
             retries=self._plan.retries,
         )
+
+    def _step(self) -> int | None:
+        """Of the newest checkpoint."""
+        run = RunFolder(Path(self._plan.checkpoint_dir) / "sft")
+        try:
+            return step_of(Path(run.latest.read_text(encoding="utf-8").strip()))
+        except (OSError, UnicodeDecodeError):
+            return None
 
     def _restarts(self) -> tuple[Restart, ...]:
         return with_unseen(read_restarts(self._restarts_file), self._here.start)
 
     def _queue_again(self, verdict: Verdict) -> None:
         """Write down why, and queue the job again."""
-        restart = Restart(self._here.start, str(verdict.cause), verdict.code)
+        before = self._restarts()
+        self._write((*before, Restart(self._here.start, str(verdict.cause), verdict.code, self._step())))
+        if not queue_again(self._here.job_id, self._here.start, self._tell):
+            self._write(before)
+
+    def _write(self, restarts: tuple[Restart, ...]) -> None:
         try:
-            write_restarts(self._restarts_file, (*self._restarts(), restart))
+            write_restarts(self._restarts_file, restarts)
         except OSError as error:
             say(f"slurm: {self._restarts_file} cannot be written ({error}): restarts are not counted\n")
-        queue_again(self._here.job_id, self._here.start, self._tell)
 
     def _remove_leftovers(self) -> None:
         """A container of an earlier start that Slurm's kill did not reach."""

@@ -28,7 +28,8 @@ def check(run: SlurmRun, alone: Evidence, restarts: dict[str, int], by_slurm: in
 
 
 def test_preempted_by_the_urgent_partition(slurm_run: Make, undisturbed: Alone) -> None:
-    run = slurm_run()
+    # So near to the time limit that Slurm's word is needed to tell its warnings apart.
+    run = slurm_run(settings={"resources": {"time": 2}})
     run.submit()
     run.wait_step(12)
     nodes = run.cluster.field(run.job_id, "NodeList")
@@ -37,7 +38,7 @@ def test_preempted_by_the_urgent_partition(slurm_run: Make, undisturbed: Alone) 
     run.wait_end()
     assert run.cluster.state_of(urgent) == "COMPLETED"
     check(run, undisturbed(2), {"preemption": 1})
-    assert "SIGUSR2: the ranks finish their step, save and leave" in run.log()
+    assert "Slurm warns: the job saves and leaves" in run.log()
 
 
 def test_stopped_by_a_limit_of_one_minute_twice(slurm_run: Make, undisturbed: Alone) -> None:
@@ -120,6 +121,7 @@ def test_a_container_is_warned_and_queued_again(
     slurm_run: Make, undisturbed: Alone, runtime: str, tmp_path: Path
 ) -> None:
     """The signals' way through a runtime, with the runtime's place taken by a script; srun within srun is real."""
+    number = {"apptainer": "USR2", "pyxis": "URG"}[runtime]
     run = slurm_run(settings={"image": "image", "slurm": {"container": runtime}})
     tools = tmp_path / "tools"
     tools.mkdir()
@@ -135,6 +137,6 @@ def test_a_container_is_warned_and_queued_again(
     run.settings["environment"] = {"TEST_PACE": "0.15", "TEST_REPOSITORY": environ["PYTHONPATH"]}
     run.submit(node_count=1, ranks=2)
     run.wait_step(10)
-    run.cluster.ask("scancel", "--signal=USR2", run.job_id)
+    run.cluster.ask("scancel", f"--signal={number}", run.job_id)
     run.wait_end()
     check(run, undisturbed(2), {"preemption": 1})

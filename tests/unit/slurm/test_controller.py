@@ -29,6 +29,16 @@ def test_what_the_controller_says(scontrol) -> None:
     assert job_state("12") is None
 
 
+@pytest.mark.parametrize(
+    ("said", "preempted"), [("None", False), ("N/A", False), ("2026-11-23T16:00:00", True), ("", False)]
+)
+def test_preempted(scontrol, said: str, preempted: bool) -> None:
+    scontrol(f"echo JobState=RUNNING Restarts=0 PreemptEligibleTime=2026-11-23T15:00:00 PreemptTime={said}", "false")
+    state = job_state("12")
+    assert state is not None
+    assert state.preempted is preempted
+
+
 def test_once_and_done(scontrol) -> None:
     asked = scontrol("echo JobState=RUNNING Restarts=0", "true")
     assert queue_again("12", 0, lambda text: None)

@@ -82,7 +82,7 @@ def test_gpus() -> None:
 
 
 def test_the_warning_comes_before_the_grace() -> None:
-    assert "#SBATCH --signal=USR2@315\n" in text("grace_seconds=300")
+    assert "#SBATCH --signal=URG@315\n" in text("grace_seconds=300")
 
 
 def test_any_option_of_sbatch(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_values_reach_no_shell() -> None:
     assert script.count(canary) == 2
     assert f"#SBATCH --comment='{canary}'" in script
     assert f" '--x={canary}' " in script
-    assert " '/py thon' " in script
+    assert " '/py thon' -P " in script
 
 
 def parameters_of(**more: Any) -> dict[str, Any]:

@@ -21,52 +21,74 @@ from slurm.requeue import (
 )
 
 NOBODY, WARNED, ENDED, BOTH = Asked(), Asked(warned_at=100.0), Asked(stopped_at=100.0), Asked(100.0, 120.0)
-FAR, NEAR = 100_000.0, 150.0
+LIMIT, LIMIT_AND_END = Asked(100.0, None, limit=True), Asked(100.0, 120.0, limit=True)
 
 
-def verdict(code: int, asked: Asked, end: float | None = FAR, now: float = 110.0, restarts: tuple[Restart, ...] = ()):
-    limits = {"timeout": 2, "preemption": 1, "loss": 0 if restarts else 3}
-    return judge(code, asked, now=now, end_time=end, grace_seconds=10, restarts=restarts, retries=limits)
+def verdict(code: int, asked: Asked, *, over: bool = False, step: int | None = 8, restarts: tuple[Restart, ...] = ()):
+    limits = {"timeout": 4, "preemption": 1, "loss": 0 if restarts else 3}
+    return judge(code, asked, over=over, step=step, restarts=restarts, retries=limits)
 
 
 @pytest.mark.parametrize(
-    ("code", "asked", "end", "cause"),
+    ("code", "asked", "over", "cause"),
     [
-        (0, NOBODY, FAR, None),
-        (0, WARNED, NEAR, None),
-        (143, WARNED, FAR, Cause.PREEMPTION),
-        (143, WARNED, NEAR, Cause.TIMEOUT),
-        (143, WARNED, None, Cause.PREEMPTION),
-        (143, NOBODY, NEAR, Cause.TIMEOUT),
-        (143, NOBODY, FAR, Cause.TIMEOUT),  # the job's own deadline: steps may be longer than Slurm's warning
-        (143, ENDED, FAR, None),
-        (143, BOTH, FAR, None),
-        (137, NOBODY, FAR, Cause.LOSS),
-        (137, WARNED, FAR, Cause.LOSS),
-        (137, ENDED, FAR, None),
-        (2, WARNED, NEAR, None),
-        (86, NOBODY, FAR, None),
-        (1, NOBODY, FAR, None),
-        (127, NOBODY, FAR, None),
+        (0, NOBODY, False, None),
+        (0, LIMIT, True, None),
+        (143, WARNED, False, Cause.PREEMPTION),
+        (143, LIMIT, False, Cause.TIMEOUT),
+        (143, NOBODY, False, Cause.TIMEOUT),  # the job's own deadline: steps may be longer than its grace
+        (143, ENDED, False, None),
+        (143, BOTH, False, None),
+        (143, LIMIT_AND_END, False, None),
+        (143, LIMIT_AND_END, True, Cause.TIMEOUT),  # the save took longer than the grace: TERM is the limit's own
+        (137, LIMIT_AND_END, True, Cause.LOSS),
+        (137, NOBODY, False, Cause.LOSS),
+        (137, WARNED, False, Cause.LOSS),
+        (137, ENDED, False, None),
+        (2, WARNED, False, None),
+        (86, NOBODY, False, None),
+        (1, NOBODY, False, None),
+        (127, NOBODY, False, None),
     ],
 )
-def test_what_becomes_of_a_job(code: int, asked: Asked, end: float | None, cause: Cause | None) -> None:
-    found = verdict(code, asked, end)
+def test_what_becomes_of_a_job(code: int, asked: Asked, over: bool, cause: Cause | None) -> None:
+    found = verdict(code, asked, over=over)
     assert (found.code, found.cause) == (code, cause)
 
 
-def test_the_limit_itself_is_no_cancellation() -> None:
-    """A save that takes longer than the warning allows is cut off by the limit's TERM."""
-    assert verdict(143, BOTH, end=119.0, now=121.0).cause == Cause.TIMEOUT
-
-
 def test_causes_are_counted_apart() -> None:
-    earlier = (Restart(0, "timeout", 143), Restart(1, "preemption", 143), Restart(2, "scheduler", None))
-    assert verdict(143, WARNED, NEAR, restarts=earlier).cause == Cause.TIMEOUT
-    refused = verdict(143, WARNED, FAR, restarts=earlier)
+    earlier = (Restart(0, "timeout", 143, 4), Restart(1, "preemption", 143, 6), Restart(2, "scheduler", None))
+    assert verdict(143, LIMIT, restarts=earlier).cause == Cause.TIMEOUT
+    refused = verdict(143, WARNED, restarts=earlier)
     assert refused.cause is None
     assert refused.why == "preemption number 2, and retries allow 1: not queued again"
     assert verdict(137, NOBODY, restarts=earlier).cause is None
+
+
+def timeouts(*steps: int | None) -> tuple[Restart, ...]:
+    return tuple(Restart(at, "timeout", 143, step) for at, step in enumerate(steps))
+
+
+@pytest.mark.parametrize(
+    ("restarts", "step", "code"),
+    [
+        (timeouts(8, 8), 8, 86),
+        (timeouts(None, None), None, 86),
+        (timeouts(4, 8, 8), 8, 86),
+        (timeouts(8), 8, 143),
+        (timeouts(8, 8), 9, 143),
+        (timeouts(7, 8), 8, 143),
+        ((*timeouts(8), Restart(1, "preemption", 143, 8)), 8, 143),
+    ],
+)
+def test_time_limits_that_are_too_short_end_it(restarts: tuple[Restart, ...], step: int | None, code: int) -> None:
+    found = verdict(143, LIMIT, step=step, restarts=restarts)
+    assert (found.code, found.cause is None) == (code, code == 86)
+
+
+def test_a_queue_may_preempt_a_job_before_its_first_step_for_ever() -> None:
+    earlier = tuple(Restart(at, "preemption", 143, None) for at in range(9))
+    assert judge(143, WARNED, over=False, step=None, restarts=earlier, retries={}).cause == Cause.PREEMPTION
 
 
 @pytest.mark.parametrize(
@@ -115,7 +137,7 @@ def test_one_code_for_all_nodes(ends: dict[int, int], code: int) -> None:
 def test_restarts_that_nobody_asked_for(
     tmp_path_factory: pytest.TempPathFactory, kinds: list[Restart], now: int
 ) -> None:
-    known = tuple(Restart(at * 2, each.cause, each.code) for at, each in enumerate(kinds))
+    known = tuple(Restart(at * 2, each.cause, each.code, at) for at, each in enumerate(kinds))
     path = tmp_path_factory.getbasetemp() / "restarts.json"
     write_restarts(path, known)
     found = with_unseen(read_restarts(path), now)

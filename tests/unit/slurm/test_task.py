@@ -16,6 +16,7 @@ from slurm.ends import Ends
 from slurm.plan import FIRST_PREFLIGHT, ONLY_PREFLIGHT, Plan
 from slurm.requeue import read_restarts
 from slurm.task import Peers, job_variables
+from slurm.warning import WARNING
 
 HERE = Allocation("12", "alpha", 1, 1, ("n3", "n4"), 2e9)
 
@@ -59,21 +60,31 @@ def test_interfaces_that_are_excluded_say_nothing_to_gloo(tmp_path: Path) -> Non
 
 
 RUN = """
-import os, sys
+import os, sys, time
 from slurm.allocation import Allocation
 from slurm.plan import Plan
 from slurm.task import Node
-folder, python, preflight, nodes = sys.argv[1:]
-plan = Plan(folder, "/c/sft.yaml", "/runs/one", python, preflight=preflight, grace_seconds=5, retries={"loss": 1})
+folder, python, preflight, nodes, left = sys.argv[1:]
+end = time.time() + float(left) if left else None
+plan = Plan(folder, "/c/sft.yaml", folder, python, preflight=preflight, grace_seconds=5, retries={"loss": 1})
 hosts = tuple("n%d" % each for each in range(int(nodes)))
-sys.exit(Node(plan, Allocation("12", "", 0, 0, hosts, None), os.environ).run())
+sys.exit(Node(plan, Allocation("12", "", 0, 0, hosts, end), os.environ).run())
 """
 
 
 class Task:
     """A node's process whose job is a shell script, and a scontrol that writes down what it is asked."""
 
-    def __init__(self, folder: Path, job: str, preflight: str = "no", nodes: int = 1, state: str = "RUNNING") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        job: str,
+        preflight: str = "no",
+        nodes: int = 1,
+        state: str = "RUNNING",
+        preempted: str = "None",
+        left: str = "",
+    ) -> None:
         self.folder = folder
         self.asked = folder / "asked"
         self._tool(
@@ -82,7 +93,7 @@ class Task:
         python = self._tool("python", job)
         path = f"{folder}:{os.environ['PATH']}"
         self.process = subprocess.Popen(
-            [sys.executable, "-c", RUN, str(folder), str(python), preflight, str(nodes)],
+            [sys.executable, "-c", RUN, str(folder), str(python), preflight, str(nodes), left],
             env={**os.environ, "PATH": path},
             stderr=subprocess.PIPE,
             text=True,
@@ -132,7 +143,7 @@ def test_done(tmp_path: Path) -> None:
     code, said = task.end()
     assert (code, task.requeues()) == (0, 0)
     assert "node 0: done" in said
-    assert (tmp_path / "arguments").read_text() == "-m sft_job.cli train /c/sft.yaml\n"
+    assert (tmp_path / "arguments").read_text() == "-P -m sft_job.cli train /c/sft.yaml\n"
     assert Ends(tmp_path, "12", 0).all() == {0: 0}
 
 
@@ -144,6 +155,45 @@ def test_a_warning_is_passed_on_and_queues_again_once(tmp_path: Path) -> None:
     assert task.end()[0] == 143
     assert task.requeues() == 1
     assert [(each.start, each.cause) for each in read_restarts(tmp_path / "12_restarts.json")] == [(0, "preemption")]
+
+
+@pytest.mark.parametrize(("left", "preempted", "cause"), [
+    ("100", "2026-11-23T16:00:00", "preemption"),
+    ("9999", "None", "preemption"),
+    ("", "None", "timeout"),
+])  # fmt: skip
+def test_slurm_s_warning(tmp_path: Path, left: str, preempted: str, cause: str) -> None:
+    task = Task(tmp_path, saves(tmp_path), left=left, preempted=preempted)
+    task.ready()
+    task.process.send_signal(WARNING)
+    code, said = task.end()
+    assert (code, task.requeues()) == (143, 1)
+    assert "Slurm warns: the job saves and leaves" in said
+    assert [each.cause for each in read_restarts(tmp_path / "12_restarts.json")] == [cause]
+
+
+def test_of_a_time_limit_the_clock_takes_care(tmp_path: Path) -> None:
+    """Slurm warns up to a minute early; the grace is five seconds here."""
+    began = time.monotonic()
+    task = Task(tmp_path, saves(tmp_path), left="8")
+    task.ready()
+    task.process.send_signal(WARNING)
+    code, said = task.end()
+    assert (code, task.requeues()) == (143, 1)
+    assert time.monotonic() - began > 3
+    assert "the time limit is near: the job saves and leaves" in said
+    assert "Slurm warns" not in said
+    assert [each.cause for each in read_restarts(tmp_path / "12_restarts.json")] == ["timeout"]
+
+
+def test_the_newest_checkpoint_is_noted(tmp_path: Path) -> None:
+    (tmp_path / "sft" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "sft" / "checkpoints" / "latest").write_text("global_step_16")
+    task = Task(tmp_path, saves(tmp_path))
+    task.ready()
+    task.process.send_signal(signal.SIGUSR2)
+    task.end()
+    assert [each.step for each in read_restarts(tmp_path / "12_restarts.json")] == [16]
 
 
 def test_scancel_is_passed_on_and_queues_nothing(tmp_path: Path) -> None:
@@ -163,6 +213,7 @@ def test_a_warned_job_that_was_cancelled_meanwhile_stays_so(tmp_path: Path) -> N
     code, said = task.end()
     assert (code, task.requeues()) == (143, 0)
     assert "was cancelled" in said
+    assert read_restarts(tmp_path / "12_restarts.json") == ()
 
 
 def test_an_error_of_the_user_s_is_no_reason_to_try_again(tmp_path: Path) -> None:
@@ -178,13 +229,13 @@ def test_a_lost_rank_is(tmp_path: Path) -> None:
 
 
 def test_preflight_comes_first(tmp_path: Path) -> None:
-    task = Task(tmp_path, f"echo $3 >> {tmp_path}/verbs; [ $3 = train ] || exit 73", FIRST_PREFLIGHT)
+    task = Task(tmp_path, f"echo $4 >> {tmp_path}/verbs; [ $4 = train ] || exit 73", FIRST_PREFLIGHT)
     assert task.end()[0] == 73
     assert (tmp_path / "verbs").read_text() == "preflight\n"
 
 
 def test_preflight_alone_never_trains_and_is_never_queued_again(tmp_path: Path) -> None:
-    task = Task(tmp_path, f"echo $3 >> {tmp_path}/verbs; kill -9 $$", ONLY_PREFLIGHT)
+    task = Task(tmp_path, f"echo $4 >> {tmp_path}/verbs; kill -9 $$", ONLY_PREFLIGHT)
     code, said = task.end()
     assert (code, task.requeues()) == (137, 0)
     assert (tmp_path / "verbs").read_text() == "preflight\n"
@@ -214,7 +265,10 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     task.process.communicate()
     (tmp_path / "python").unlink()
     run = subprocess.run(
-        [sys.executable, "-c", RUN, str(tmp_path), "/no/python", "no", "1"], capture_output=True, text=True, check=False
+        [sys.executable, "-c", RUN, str(tmp_path), "/no/python", "no", "1", ""],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode == 2
     assert "/no/python cannot be started on n0: No such file or directory" in run.stderr
