@@ -16,9 +16,9 @@ from submitit import SlurmExecutor
 
 from sft_job.jobfile.schema import JobFile
 from sft_job.jobfile.validate import seconds_of
+from slurm.listener import WARNING
 from slurm.plan import ONLY_PREFLIGHT, Plan
 from slurm.settings import SlurmSettings
-from slurm.warning import WARNING
 
 _LEAVE_SECONDS = 15
 """Between the end of the job's own grace and that of Slurm: to agree between the nodes and to queue again."""

@@ -12,9 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from sft_job.contract import DEFAULT_CONFIG_NAME, STOP_SIGNALS, Env, ExitCode, RunFolder, step_of
@@ -23,10 +21,10 @@ from sft_job.streams import say
 from slurm.allocation import Allocation, read_allocation
 from slurm.containers import Setting, job_command, job_environ, removal_command
 from slurm.controller import job_state, queue_again
-from slurm.ends import Ends
+from slurm.ends import Ends, Peers
+from slurm.listener import Listener
 from slurm.plan import NO_PREFLIGHT, ONLY_PREFLIGHT, Plan
 from slurm.requeue import (
-    Asked,
     Restart,
     Verdict,
     code_of,
@@ -36,15 +34,8 @@ from slurm.requeue import (
     with_unseen,
     write_restarts,
 )
-from slurm.warning import WARNING
 
 _POLL_SECONDS = 0.2
-_PEERS_SECONDS = 3.0
-"""Between two looks at the other nodes while the job runs."""
-_NOTICE_SECONDS = 45.0
-"""How long this node's ranks may take to notice by themselves that another node's have failed."""
-_LEAVE_SECONDS = 30.0
-"""From the signal that ends them to the kill."""
 _GATHER_SECONDS = 20.0
 """How long the end of this node waits for those of the others."""
 _REMOVE_SECONDS = 60
@@ -65,56 +56,6 @@ def run_node(values: Mapping[str, Any]) -> None:
     if code != ExitCode.DONE:
         # No error that submitit would keep: the code is what Slurm shows, and what was wrong stands in the log.
         sys.exit(code)
-
-
-class Listener:
-    """What signals asked of this process, and the child that they are passed on to."""
-
-    def __init__(self) -> None:
-        self.asked = Asked()
-        self._warned = False
-        self._child: subprocess.Popen[bytes] | None = None
-
-    def install(self) -> None:
-        """Listen from here on, in place of submitit, which would end this process and leave the job behind."""
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._note)
-        signal.signal(WARNING, self._note_warning)
-        signal.signal(signal.SIGCONT, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (*STOP_SIGNALS, WARNING))
-
-    def passes_to(self, child: subprocess.Popen[bytes] | None) -> None:
-        """From now on signals are passed on to this process; one that came before is so now."""
-        self._child = child
-        if child is not None and self.asked.any:
-            self._pass(signal.SIGTERM)
-
-    def take_warning(self) -> bool:
-        """Slurm warned since the last look."""
-        warned, self._warned = self._warned, False
-        return warned
-
-    def ask_to_save(self, *, limit: bool) -> None:
-        """Ask the job to save and leave, to be queued again; a second time is no worse."""
-        if not self.asked.any:
-            self.asked = Asked(time.time(), None, limit)
-            self._pass(signal.SIGTERM)
-
-    def _note_warning(self, number: int, frame: FrameType | None) -> None:
-        self._warned = True
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        now, asked = time.time(), self.asked
-        if number in (signal.SIGUSR1, signal.SIGUSR2):
-            self.asked = replace(asked, warned_at=asked.warned_at or now)
-        else:
-            self.asked = replace(asked, stopped_at=asked.stopped_at or now)
-        self._pass(number)
-
-    def _pass(self, number: int) -> None:
-        if self._child is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self._child.send_signal(number)
 
 
 class Node:
@@ -275,47 +216,6 @@ class Node:
 
     def _tell(self, text: str) -> None:
         say(f"slurm: start {self._here.start} of job {self._here.job_id}, node {self._here.node}: {text}\n")
-
-
-class Peers:
-    """Watches the other nodes while this one's job runs.
-
-    Args:
-        ends: of this start.
-        node: this node.
-    """
-
-    def __init__(self, ends: Ends, node: int) -> None:
-        self._ends = ends
-        self._node = node
-        self._next = 0.0
-        self._since: float | None = None
-        self._sent: set[signal.Signals] = set()
-        self.code = 0
-        """The exit code of the node that ended first with anything but 0."""
-
-    def wish(self, now: float, grace_seconds: float) -> signal.Signals | None:
-        """What to send to this node's job, because another node has ended; None = nothing.
-
-        A node that was stopped stops the others at once. One that failed is noticed by its peers' ranks, which then say
-        more than a signal could; they are ended where they do not.
-        """
-        if now >= self._next and self._since is None:
-            self._next = now + _PEERS_SECONDS
-            others = [code for node, code in self._ends.all().items() if node != self._node and code != ExitCode.DONE]
-            if others:
-                self._since, self.code = now, next((each for each in others if each != ExitCode.STOPPED), others[0])
-        if self._since is None:
-            return None
-        stopped = self.code == ExitCode.STOPPED
-        first = self._since + (0 if stopped else _NOTICE_SECONDS)
-        last = first + (grace_seconds if stopped else 0) + _LEAVE_SECONDS
-        due = [number for at, number in ((first, signal.SIGTERM), (last, signal.SIGKILL)) if now >= at]
-        for number in due:
-            if number not in self._sent:
-                self._sent.add(number)
-                return number
-        return None
 
 
 def job_variables(plan: Plan, here: Allocation, environ: Mapping[str, str]) -> dict[str, str]:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from slurm.allocation import Allocation
-from slurm.ends import Ends
+from slurm.ends import Ends, Peers
+from slurm.listener import WARNING
 from slurm.plan import FIRST_PREFLIGHT, ONLY_PREFLIGHT, Plan
 from slurm.requeue import read_restarts
-from slurm.task import Peers, job_variables
-from slurm.warning import WARNING
+from slurm.task import job_variables
 
 HERE = Allocation("12", "alpha", 1, 1, ("n3", "n4"), 2e9)
 
@@ -97,6 +100,7 @@ class Task:
             env={**os.environ, "PATH": path},
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
 
     def _tool(self, name: str, text: str) -> Path:
@@ -134,12 +138,31 @@ time.sleep(60)
 """As the supervisor: it is started with signals blocked, and unblocks them once it listens."""
 
 
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Task]]:
+    """Starts tasks in this test's folder; nothing of them is left at its end."""
+    started: list[Task] = []
+
+    def make(job: str, **more: Any) -> Task:
+        started.append(Task(tmp_path, job, **more))
+        return started[-1]
+
+    yield make
+    for task in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(task.process.pid, signal.SIGKILL)
+        task.process.wait()
+
+
+Start = Callable[..., Task]
+
+
 def saves(folder: Path) -> str:
     return SAVES.replace("PYTHON", sys.executable).replace("FOLDER", str(folder))
 
 
-def test_done(tmp_path: Path) -> None:
-    task = Task(tmp_path, 'echo "$@" > $(dirname $0)/arguments')
+def test_done(start: Start, tmp_path: Path) -> None:
+    task = start('echo "$@" > $(dirname $0)/arguments')
     code, said = task.end()
     assert (code, task.requeues()) == (0, 0)
     assert "node 0: done" in said
@@ -147,8 +170,8 @@ def test_done(tmp_path: Path) -> None:
     assert Ends(tmp_path, "12", 0).all() == {0: 0}
 
 
-def test_a_warning_is_passed_on_and_queues_again_once(tmp_path: Path) -> None:
-    task = Task(tmp_path, saves(tmp_path))
+def test_a_warning_is_passed_on_and_queues_again_once(start: Start, tmp_path: Path) -> None:
+    task = start(saves(tmp_path))
     task.ready()
     task.process.send_signal(signal.SIGUSR2)
     task.process.send_signal(signal.SIGUSR2)
@@ -162,8 +185,8 @@ def test_a_warning_is_passed_on_and_queues_again_once(tmp_path: Path) -> None:
     ("9999", "None", "preemption"),
     ("", "None", "timeout"),
 ])  # fmt: skip
-def test_slurm_s_warning(tmp_path: Path, left: str, preempted: str, cause: str) -> None:
-    task = Task(tmp_path, saves(tmp_path), left=left, preempted=preempted)
+def test_slurm_s_warning(start: Start, tmp_path: Path, left: str, preempted: str, cause: str) -> None:
+    task = start(saves(tmp_path), left=left, preempted=preempted)
     task.ready()
     task.process.send_signal(WARNING)
     code, said = task.end()
@@ -172,10 +195,10 @@ def test_slurm_s_warning(tmp_path: Path, left: str, preempted: str, cause: str) 
     assert [each.cause for each in read_restarts(tmp_path / "12_restarts.json")] == [cause]
 
 
-def test_of_a_time_limit_the_clock_takes_care(tmp_path: Path) -> None:
+def test_of_a_time_limit_the_clock_takes_care(start: Start, tmp_path: Path) -> None:
     """Slurm warns up to a minute early; the grace is five seconds here."""
     began = time.monotonic()
-    task = Task(tmp_path, saves(tmp_path), left="8")
+    task = start(saves(tmp_path), left="8")
     task.ready()
     task.process.send_signal(WARNING)
     code, said = task.end()
@@ -186,18 +209,18 @@ def test_of_a_time_limit_the_clock_takes_care(tmp_path: Path) -> None:
     assert [each.cause for each in read_restarts(tmp_path / "12_restarts.json")] == ["timeout"]
 
 
-def test_the_newest_checkpoint_is_noted(tmp_path: Path) -> None:
+def test_the_newest_checkpoint_is_noted(start: Start, tmp_path: Path) -> None:
     (tmp_path / "sft" / "checkpoints").mkdir(parents=True)
     (tmp_path / "sft" / "checkpoints" / "latest").write_text("global_step_16")
-    task = Task(tmp_path, saves(tmp_path))
+    task = start(saves(tmp_path))
     task.ready()
     task.process.send_signal(signal.SIGUSR2)
     task.end()
     assert [each.step for each in read_restarts(tmp_path / "12_restarts.json")] == [16]
 
 
-def test_scancel_is_passed_on_and_queues_nothing(tmp_path: Path) -> None:
-    task = Task(tmp_path, saves(tmp_path))
+def test_scancel_is_passed_on_and_queues_nothing(start: Start, tmp_path: Path) -> None:
+    task = start(saves(tmp_path))
     task.ready()
     task.process.terminate()
     code, said = task.end()
@@ -206,8 +229,8 @@ def test_scancel_is_passed_on_and_queues_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "12_restarts.json").exists()
 
 
-def test_a_warned_job_that_was_cancelled_meanwhile_stays_so(tmp_path: Path) -> None:
-    task = Task(tmp_path, saves(tmp_path), state="CANCELLED")
+def test_a_warned_job_that_was_cancelled_meanwhile_stays_so(start: Start, tmp_path: Path) -> None:
+    task = start(saves(tmp_path), state="CANCELLED")
     task.ready()
     task.process.send_signal(signal.SIGUSR2)
     code, said = task.end()
@@ -216,34 +239,34 @@ def test_a_warned_job_that_was_cancelled_meanwhile_stays_so(tmp_path: Path) -> N
     assert read_restarts(tmp_path / "12_restarts.json") == ()
 
 
-def test_an_error_of_the_user_s_is_no_reason_to_try_again(tmp_path: Path) -> None:
-    task = Task(tmp_path, "exit 2")
+def test_an_error_of_the_user_s_is_no_reason_to_try_again(start: Start, tmp_path: Path) -> None:
+    task = start("exit 2")
     code, said = task.end()
     assert (code, task.requeues()) == (2, 0)
     assert "exit code 2 would be the same the next time" in said
 
 
-def test_a_lost_rank_is(tmp_path: Path) -> None:
-    task = Task(tmp_path, "kill -9 $$")
+def test_a_lost_rank_is(start: Start, tmp_path: Path) -> None:
+    task = start("kill -9 $$")
     assert (task.end()[0], task.requeues()) == (137, 1)
 
 
-def test_preflight_comes_first(tmp_path: Path) -> None:
-    task = Task(tmp_path, f"echo $4 >> {tmp_path}/verbs; [ $4 = train ] || exit 73", FIRST_PREFLIGHT)
+def test_preflight_comes_first(start: Start, tmp_path: Path) -> None:
+    task = start(f"echo $4 >> {tmp_path}/verbs; [ $4 = train ] || exit 73", preflight=FIRST_PREFLIGHT)
     assert task.end()[0] == 73
     assert (tmp_path / "verbs").read_text() == "preflight\n"
 
 
-def test_preflight_alone_never_trains_and_is_never_queued_again(tmp_path: Path) -> None:
-    task = Task(tmp_path, f"echo $4 >> {tmp_path}/verbs; kill -9 $$", ONLY_PREFLIGHT)
+def test_preflight_alone_never_trains_and_is_never_queued_again(start: Start, tmp_path: Path) -> None:
+    task = start(f"echo $4 >> {tmp_path}/verbs; kill -9 $$", preflight=ONLY_PREFLIGHT)
     code, said = task.end()
     assert (code, task.requeues()) == (137, 0)
     assert (tmp_path / "verbs").read_text() == "preflight\n"
     assert "preflight failed" in said
 
 
-def test_another_node_s_stop_is_this_one_s(tmp_path: Path) -> None:
-    task = Task(tmp_path, saves(tmp_path), nodes=2)
+def test_another_node_s_stop_is_this_one_s(start: Start, tmp_path: Path) -> None:
+    task = start(saves(tmp_path), nodes=2)
     task.ready()
     Ends(tmp_path, "12", 0).put(1, 143)
     code, said = task.end()
@@ -251,16 +274,16 @@ def test_another_node_s_stop_is_this_one_s(tmp_path: Path) -> None:
     assert "another node ended with 143: this one's job is sent SIGTERM" in said
 
 
-def test_another_node_s_error_is_the_job_s(tmp_path: Path) -> None:
+def test_another_node_s_error_is_the_job_s(start: Start, tmp_path: Path) -> None:
     """This node's ranks only notice that the others are gone; the one that failed knows why."""
-    task = Task(tmp_path, f"touch {tmp_path}/ready; sleep 0.5; exit 137", nodes=2)
+    task = start(f"touch {tmp_path}/ready; sleep 0.5; exit 137", nodes=2)
     task.ready()
     Ends(tmp_path, "12", 0).put(1, 88)
     assert (task.end()[0], task.requeues()) == (88, 0)
 
 
-def test_what_is_not_there(tmp_path: Path) -> None:
-    task = Task(tmp_path, "")
+def test_what_is_not_there(start: Start, tmp_path: Path) -> None:
+    task = start("")
     task.process.kill()
     task.process.communicate()
     (tmp_path / "python").unlink()
