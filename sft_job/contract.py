@@ -108,6 +108,16 @@ class RunFolder:
         return self.logs / "outcome.json"
 
     @property
+    def refusal(self) -> Path:
+        """Why the newest start did nothing; void once ``outcome.json`` is another one."""
+        return self.logs / "refused.json"
+
+    @property
+    def requeued(self) -> Path:
+        """A launcher's word that the job waits in its queue; void once ``outcome.json`` is another one."""
+        return self.logs / "requeued.json"
+
+    @property
     def starts(self) -> Path:
         """Starts in a row that came no further; what the breaker counts."""
         return self.logs / "starts.json"

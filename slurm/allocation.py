@@ -18,8 +18,7 @@ class Allocation:
     """Where this process stands in the job.
 
     Attributes:
-        job_id: Slurm's id, the same when it is queued again.
-        cluster: name of the cluster; '' where Slurm does not say.
+        job_id: Slurm's id, the same when it is queued again: ``SFT_JOB_ID``.
         start: how often it was queued again before.
         node: this node's number in the job.
         hosts: names of all nodes; the first is that of node 0.
@@ -27,7 +26,6 @@ class Allocation:
     """
 
     job_id: str
-    cluster: str
     start: int
     node: int
     hosts: tuple[str, ...]
@@ -37,11 +35,6 @@ class Allocation:
     def nodes(self) -> int:
         """Nodes of the job."""
         return len(self.hosts)
-
-    @property
-    def launcher_job(self) -> str:
-        """``SFT_JOB_ID``."""
-        return "-".join(["slurm", *([self.cluster] if self.cluster else []), self.job_id])
 
     @property
     def port(self) -> int:
@@ -54,7 +47,6 @@ def read_allocation(environ: Mapping[str, str]) -> Allocation:
     here = JobEnvironment()
     return Allocation(
         job_id=here.job_id,
-        cluster=environ.get("SLURM_CLUSTER_NAME", ""),
         start=int(environ.get("SLURM_RESTART_COUNT") or 0),
         node=here.global_rank,
         hosts=tuple(here.hostnames),

@@ -18,6 +18,7 @@ from sft_job.errors import JobError, Problem, raise_problems
 from sft_job.jobfile.load import LoadedJob, load_job
 from sft_job.jobfile.schema import JobFile
 from sft_job.jobfile.validate import secret_problems
+from sft_job.submissions import record
 from slurm.allocation import Allocation
 from slurm.containers import Setting, job_command, job_environ
 from slurm.ends import Ends
@@ -69,7 +70,15 @@ def submit_job(
     show(f"log: {log}")
     if preflight:
         return wait_for_preflight(plan, job_id, job.resources.nodes, show)
-    show(f"run folder: {RunFolder(Path(plan.checkpoint_dir) / 'sft').root}")
+    run = RunFolder(Path(plan.checkpoint_dir) / "sft")
+    show(f"run folder: {run.root}")
+    try:
+        record(
+            "slurm", job_id, run.root, environ=environ, logs=[log_path(plan, job_id, "*")], ask=f"squeue -j {job_id}"
+        )
+        show(f"how it stands: sft-job status {job_id}")
+    except JobError as error:  # the job is submitted all the same
+        show(f"how it stands: sft-job status {run.root} (not by the job's id: {error})")
     show(f"stop it: scancel {job_id} (it saves first); save and queue again: scancel --signal=USR2 {job_id}")
     return ExitCode.DONE
 
@@ -77,7 +86,7 @@ def submit_job(
 def plan_text(job: JobFile, plan: Plan) -> str:
     """What happens on each node, for people."""
     hosts = tuple(f"NODE{node}" for node in range(job.resources.nodes))
-    here = Allocation("JOBID", "", 0, 0, hosts, None)
+    here = Allocation("JOBID", 0, 0, hosts, None)
     variables = job_variables(dataclasses.replace(plan, master_port=plan.master_port or 1), here, {})
     if plan.master_port is None and Env.MASTER_PORT in variables:
         variables[Env.MASTER_PORT] = "(from the job's id)"

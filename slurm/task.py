@@ -18,6 +18,7 @@ from typing import Any
 from sft_job.contract import DEFAULT_CONFIG_NAME, STOP_SIGNALS, Env, ExitCode, RunFolder, step_of
 from sft_job.jobfile.validate import OURS
 from sft_job.streams import say
+from sft_job.submissions import note_requeue
 from slurm.allocation import Allocation, read_allocation
 from slurm.containers import Setting, job_command, job_environ, removal_command
 from slurm.controller import job_state, queue_again
@@ -81,6 +82,7 @@ class Node:
         self._listener = Listener()
         folder = Path(plan.folder)
         self._ends = Ends(folder, allocation.job_id, allocation.start)
+        self._run = RunFolder(Path(plan.checkpoint_dir) / "sft")
         self._restarts_file = folder / f"{allocation.job_id}_restarts.json"
         variables = job_variables(plan, allocation, environ)
         host = allocation.hosts[allocation.node]
@@ -185,9 +187,8 @@ class Node:
 
     def _step(self) -> int | None:
         """Of the newest checkpoint."""
-        run = RunFolder(Path(self._plan.checkpoint_dir) / "sft")
         try:
-            return step_of(Path(run.latest.read_text(encoding="utf-8").strip()))
+            return step_of(Path(self._run.latest.read_text(encoding="utf-8").strip()))
         except (OSError, UnicodeDecodeError):
             return None
 
@@ -198,7 +199,9 @@ class Node:
         """Write down why, and queue the job again."""
         before = self._restarts()
         self._write((*before, Restart(self._here.start, str(verdict.cause), verdict.code, self._step())))
-        if not queue_again(self._here.job_id, self._here.start, self._tell):
+        if queue_again(self._here.job_id, self._here.start, self._tell):
+            note_requeue(self._run, "slurm", self._here.job_id)
+        else:
             self._write(before)
 
     def _write(self, restarts: tuple[Restart, ...]) -> None:
@@ -237,7 +240,7 @@ def job_variables(plan: Plan, here: Allocation, environ: Mapping[str, str]) -> d
         Env.NPROC_PER_NODE: str(plan.ranks_per_node),
         Env.NNODES: str(here.nodes),
         Env.NODE_RANK: str(here.node),
-        Env.JOB_ID: here.launcher_job,
+        Env.JOB_ID: here.job_id,
     }
     if here.nodes > 1:
         variables[Env.MASTER_ADDR] = here.hosts[0]

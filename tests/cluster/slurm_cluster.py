@@ -141,7 +141,7 @@ class SlurmRun:
     def environ(self) -> dict[str, str]:
         kept = {k: v for k, v in self.cluster.environ.items() if not k.startswith(("PET_", "NPROC", "CONFIG_"))}
         path = os.pathsep.join([str(REPOSITORY), *filter(None, [kept.get("PYTHONPATH")])])
-        return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | self.environment
+        return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "XDG_STATE_HOME": str(self.root)} | self.environment
 
     def submit(self, *arguments: str, **shape: int) -> str:
         done = subprocess.run(
@@ -188,6 +188,11 @@ class SlurmRun:
     def starts(self) -> int:
         """How often Slurm queued it again."""
         return int(self.cluster.field(self.job_id, "Restarts"))
+
+    def status(self) -> str:
+        """What ``sft-job status JOBID`` shows."""
+        command = [sys.executable, "-m", "sft_job.cli", "status", self.job_id]
+        return subprocess.run(command, env=self.environ(), capture_output=True, text=True, check=True).stdout
 
     def exit_code(self) -> int:
         return int(self.cluster.field(self.job_id, "ExitCode").partition(":")[0])

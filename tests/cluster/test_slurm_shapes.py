@@ -80,3 +80,18 @@ def test_a_config_error_ends_the_job_once(slurm_run: Callable[..., SlurmRun]) ->
     assert "ulysses_sequence_parallel_size = 3" in run.log()
     assert "exit code 2 would be the same the next time: not queued again" in run.log()
     assert "Traceback" not in run.log()
+    status = run.status()
+    assert "failed" in status
+    assert "ulysses_sequence_parallel_size" in status
+
+
+def test_preflight_on_the_allocation(slurm_run: Callable[..., SlurmRun]) -> None:
+    run = slurm_run()
+    done = subprocess.run(run.command("--preflight"), env=run.environ(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "preflight passed" in done.stdout
+    assert not (run.run / "checkpoints").exists()
+    bad = slurm_run("bad", overrides=["model.partial_pretrain=/not/there"])
+    done = subprocess.run(bad.command("--preflight"), env=bad.environ(), capture_output=True, text=True, check=False)
+    assert done.returncode == 66, done.stdout + done.stderr
+    assert "preflight failed" in done.stdout

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sft_job.submissions import find
+
 CANARY = "c0ffee" * 6
 
 
@@ -52,9 +54,20 @@ def test_submitted_and_shown(login, tmp_path: Path) -> None:
         "submitted job 77 (mine): 1 node(s), 1 rank(s) on each",
         f"log: {tmp_path}/runs/slurm/77_0_log.out",
         f"run folder: {tmp_path}/runs/sft",
+        "how it stands: sft-job status 77",
         "stop it: scancel 77 (it saves first); save and queue again: scancel --signal=USR2 77",
     ]
     assert (tmp_path / "runs" / "slurm").stat().st_mode & 0o777 == 0o700
+
+
+def test_the_job_is_known_by_its_id(login, tmp_path: Path) -> None:
+    login()
+    known = find("77", {"HOME": str(tmp_path)})
+    assert (known.launcher, known.run) == ("slurm", f"{tmp_path}/runs/sft")
+    assert known.logs == (f"{tmp_path}/runs/slurm/77_*_log.out",)
+    done = login(HOME="")
+    assert done.returncode == 0
+    assert f"sft-job status {tmp_path}/runs/sft (not by the job's id: " in done.stdout
 
 
 def test_submitting_imports_no_torch(login) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from sft_job.contract import RunFolder
+from sft_job.submissions import read_requeue
 from slurm.allocation import Allocation
 from slurm.ends import Ends, Peers
 from slurm.listener import WARNING
@@ -21,7 +23,7 @@ from slurm.plan import FIRST_PREFLIGHT, ONLY_PREFLIGHT, Plan
 from slurm.requeue import read_restarts
 from slurm.task import job_variables
 
-HERE = Allocation("12", "alpha", 1, 1, ("n3", "n4"), 2e9)
+HERE = Allocation("12", 1, 1, ("n3", "n4"), 2e9)
 
 
 def plan(tmp_path: Path, **more: object) -> Plan:
@@ -46,14 +48,14 @@ def test_the_contract_s_variables(tmp_path: Path) -> None:
         "NODE_RANK": "1",
         "MASTER_ADDR": "n3",
         "MASTER_PORT": str(10_000 + 12 * 7 + 1),
-        "SFT_JOB_ID": "slurm-alpha-12",
+        "SFT_JOB_ID": "12",
         "SFT_JOB_END_TIME": "2000000000.0",
     }
 
 
 def test_one_node_needs_no_meeting_place(tmp_path: Path) -> None:
-    found = job_variables(plan(tmp_path), Allocation("12", "", 0, 0, ("n3",), None), {})
-    assert found["SFT_JOB_ID"] == "slurm-12"
+    found = job_variables(plan(tmp_path), Allocation("12", 0, 0, ("n3",), None), {})
+    assert found["SFT_JOB_ID"] == "12"
     assert not {"MASTER_ADDR", "MASTER_PORT", "SFT_JOB_END_TIME"} & found.keys()
 
 
@@ -64,6 +66,8 @@ def test_interfaces_that_are_excluded_say_nothing_to_gloo(tmp_path: Path) -> Non
 
 RUN = """
 import os, sys, time
+from sft_job.contract import RunFolder
+from sft_job.submissions import read_requeue
 from slurm.allocation import Allocation
 from slurm.plan import Plan
 from slurm.task import Node
@@ -71,7 +75,7 @@ folder, python, preflight, nodes, left = sys.argv[1:]
 end = time.time() + float(left) if left else None
 plan = Plan(folder, "/c/sft.yaml", folder, python, preflight=preflight, grace_seconds=5, retries={"loss": 1})
 hosts = tuple("n%d" % each for each in range(int(nodes)))
-sys.exit(Node(plan, Allocation("12", "", 0, 0, hosts, end), os.environ).run())
+sys.exit(Node(plan, Allocation("12", 0, 0, hosts, end), os.environ).run())
 """
 
 
@@ -209,14 +213,18 @@ def test_of_a_time_limit_the_clock_takes_care(start: Start, tmp_path: Path) -> N
     assert [each.cause for each in read_restarts(tmp_path / "12_restarts.json")] == ["timeout"]
 
 
-def test_the_newest_checkpoint_is_noted(start: Start, tmp_path: Path) -> None:
+def test_the_newest_checkpoint_and_the_requeue_are_noted(start: Start, tmp_path: Path) -> None:
     (tmp_path / "sft" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "sft" / "logs").mkdir()
     (tmp_path / "sft" / "checkpoints" / "latest").write_text("global_step_16")
     task = start(saves(tmp_path))
     task.ready()
     task.process.send_signal(signal.SIGUSR2)
     task.end()
     assert [each.step for each in read_restarts(tmp_path / "12_restarts.json")] == [16]
+    waits = read_requeue(RunFolder(tmp_path / "sft"))
+    assert waits is not None
+    assert (waits.launcher, waits.job) == ("slurm", "12")
 
 
 def test_scancel_is_passed_on_and_queues_nothing(start: Start, tmp_path: Path) -> None:
@@ -312,6 +320,6 @@ def test_peers_that_failed_are_given_time_to_be_noticed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("job_id", ["1", "9999999", "12_3"])
 def test_ports_are_below_those_of_the_kernel(job_id: str) -> None:
-    ports = {Allocation(job_id, "", start, 0, ("n1",), None).port for start in range(50)}
+    ports = {Allocation(job_id, start, 0, ("n1",), None).port for start in range(50)}
     assert len(ports) == 50
     assert all(10_000 <= port < 30_000 for port in ports)
