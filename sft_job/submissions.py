@@ -174,7 +174,7 @@ def outcome_digest(run: RunFolder) -> str:
     """Of ``outcome.json``, for a note that is void after the next start or end: each of them writes another one."""
     try:
         return hashlib.sha256(run.outcome.read_bytes()).hexdigest()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return ""
 
 
