@@ -36,10 +36,10 @@ def job_state(job_id: str) -> JobState | None:
     state, restarts = re.search(r"\bJobState=(\w+)", asked.stdout), re.search(r"\bRestarts=(\d+)", asked.stdout)
     if asked.returncode != 0 or not state or not restarts:
         return None
-    preempted = re.search(r"\bPreemptTime=(\S+)", asked.stdout)
-    return JobState(
-        state[1], int(restarts[1]), preempted is not None and preempted[1] not in ("None", "N/A", "Unknown")
-    )
+    times: dict[str, str] = dict(re.findall(r"\b(PreemptTime|StartTime)=(\d\S+)", asked.stdout))
+    # An earlier start may have been preempted, too.
+    preempted = "StartTime" in times and times.get("PreemptTime", "") >= times["StartTime"]
+    return JobState(state[1], int(restarts[1]), preempted)
 
 
 def queue_again(job_id: str, start: int, tell: Callable[[str], None], pauses: Sequence[float] = _PAUSES) -> bool:

@@ -82,7 +82,7 @@ class Peers:
         stopped = self.code == ExitCode.STOPPED
         first = self._since + (0 if stopped else _NOTICE_SECONDS)
         last = first + (grace_seconds if stopped else 0) + _LEAVE_SECONDS
-        due = [number for at, number in ((first, signal.SIGTERM), (last, signal.SIGKILL)) if now >= at]
+        due = [number for at, number in ((first, signal.SIGUSR2), (last, signal.SIGKILL)) if now >= at]
         for number in due:
             if number not in self._sent:
                 self._sent.add(number)

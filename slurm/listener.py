@@ -12,6 +12,8 @@ from types import FrameType
 from sft_job.contract import STOP_SIGNALS
 from slurm.requeue import Asked
 
+WISH = signal.SIGUSR2
+"""Asks the job to save and leave. An srun that starts a container passes it on; TERM would end the container."""
 WARNING = signal.SIGURG
 """By which Slurm warns of a time limit or a preemption.
 
@@ -41,7 +43,7 @@ class Listener:
         """From now on signals are passed on to this process; one that came before is so now."""
         self._child = child
         if child is not None and self.asked.any:
-            self._pass(signal.SIGTERM)
+            self._pass()
 
     def take_warning(self) -> bool:
         """Slurm warned since the last look."""
@@ -52,7 +54,7 @@ class Listener:
         """Ask the job to save and leave, to be queued again; a second time is no worse."""
         if not self.asked.any:
             self.asked = Asked(time.time(), None, limit)
-            self._pass(signal.SIGTERM)
+            self._pass()
 
     def _note_warning(self, number: int, frame: FrameType | None) -> None:
         self._warned = True
@@ -63,9 +65,9 @@ class Listener:
             self.asked = replace(asked, warned_at=asked.warned_at or now)
         else:
             self.asked = replace(asked, stopped_at=asked.stopped_at or now)
-        self._pass(number)
+        self._pass()
 
-    def _pass(self, number: int) -> None:
+    def _pass(self) -> None:
         if self._child is not None:
             with contextlib.suppress(ProcessLookupError):
-                self._child.send_signal(number)
+                self._child.send_signal(WISH)

@@ -115,6 +115,7 @@ def judge(
     asked: Asked,
     *,
     over: bool,
+    preempted: bool,
     step: int | None,
     restarts: tuple[Restart, ...],
     retries: Mapping[str, int | None],
@@ -125,6 +126,7 @@ def judge(
         code: of all nodes together.
         asked: what node 0 was asked.
         over: the time limit has been reached.
+        preempted: Slurm says that the job has to make room for another one.
         step: of the newest checkpoint; None where there is none.
         restarts: earlier ones.
         retries: how many of each cause; None or no entry = as many as it takes.
@@ -133,12 +135,13 @@ def judge(
         return Verdict(code, None, "done")
     if code not in (ExitCode.STOPPED, ExitCode.LOST):
         return Verdict(code, None, f"exit code {code} would be the same the next time: not queued again")
-    if asked.stopped_at is not None and not over:
-        return Verdict(code, None, "ended from outside (scancel, scontrol requeue or preemption): Slurm decides")
+    if asked.stopped_at is not None and not over and not preempted:
+        return Verdict(code, None, "ended from outside (scancel, scontrol requeue): Slurm decides")
     cause = Cause.LOSS
     if code == ExitCode.STOPPED:
         # Nobody asked: the job left by itself, because of its deadline.
-        cause = Cause.PREEMPTION if asked.warned_at is not None and not asked.limit else Cause.TIMEOUT
+        warned = asked.warned_at is not None and not asked.limit
+        cause = Cause.PREEMPTION if warned or preempted else Cause.TIMEOUT
     count = sum(restart.cause == cause for restart in restarts)
     limit = retries.get(cause)
     if limit is not None and count >= limit:

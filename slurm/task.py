@@ -180,10 +180,18 @@ class Node:
             code,
             self._listener.asked,
             over=self._here.end_time is not None and self._clock() >= self._here.end_time - 1,
+            preempted=self._preempted(),
             step=self._step(),
             restarts=self._restarts(),
             retries=self._plan.retries,
         )
+
+    def _preempted(self) -> bool:
+        """Whether it was a preemption that ended the job from outside. One that leaves early is not queued by Slurm."""
+        if self._here.node != 0 or self._listener.asked.stopped_at is None:
+            return False
+        state = job_state(self._here.job_id)
+        return state is not None and state.preempted and state.state != "CANCELLED"
 
     def _step(self) -> int | None:
         """Of the newest checkpoint."""

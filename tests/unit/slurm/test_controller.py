@@ -30,10 +30,18 @@ def test_what_the_controller_says(scontrol) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "preempted"), [("None", False), ("N/A", False), ("2026-11-23T16:00:00", True), ("", False)]
+    ("said", "preempted"),
+    [
+        ("None", False),
+        ("N/A", False),
+        ("", False),
+        ("2026-11-23T16:00:00", True),
+        ("2026-11-23T14:00:00", False),  # of an earlier start
+    ],
 )
 def test_preempted(scontrol, said: str, preempted: bool) -> None:
-    scontrol(f"echo JobState=RUNNING Restarts=0 PreemptEligibleTime=2026-11-23T15:00:00 PreemptTime={said}", "false")
+    times = f"StartTime=2026-11-23T15:00:00 PreemptEligibleTime=2026-11-23T15:00:00 PreemptTime={said}"
+    scontrol(f"echo JobState=RUNNING Restarts=0 {times}", "false")
     state = job_state("12")
     assert state is not None
     assert state.preempted is preempted

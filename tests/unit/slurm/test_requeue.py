@@ -12,6 +12,7 @@ from slurm.requeue import (
     Asked,
     Cause,
     Restart,
+    Verdict,
     code_of,
     joint_code,
     judge,
@@ -24,9 +25,17 @@ NOBODY, WARNED, ENDED, BOTH = Asked(), Asked(warned_at=100.0), Asked(stopped_at=
 LIMIT, LIMIT_AND_END = Asked(100.0, None, limit=True), Asked(100.0, 120.0, limit=True)
 
 
-def verdict(code: int, asked: Asked, *, over: bool = False, step: int | None = 8, restarts: tuple[Restart, ...] = ()):
+def verdict(
+    code: int,
+    asked: Asked,
+    *,
+    over: bool = False,
+    preempted: bool = False,
+    step: int | None = 8,
+    restarts: tuple[Restart, ...] = (),
+) -> Verdict:
     limits = {"timeout": 4, "preemption": 1, "loss": 0 if restarts else 3}
-    return judge(code, asked, over=over, step=step, restarts=restarts, retries=limits)
+    return judge(code, asked, over=over, preempted=preempted, step=step, restarts=restarts, retries=limits)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +63,12 @@ def verdict(code: int, asked: Asked, *, over: bool = False, step: int | None = 8
 def test_what_becomes_of_a_job(code: int, asked: Asked, over: bool, cause: Cause | None) -> None:
     found = verdict(code, asked, over=over)
     assert (found.code, found.cause) == (code, cause)
+
+
+@pytest.mark.parametrize(("code", "cause"), [(143, Cause.PREEMPTION), (137, Cause.LOSS), (0, None), (2, None)])
+def test_a_preemption_without_a_warning(code: int, cause: Cause | None) -> None:
+    """Slurm queues a preempted job again at the end of its grace, and only where it still runs then."""
+    assert verdict(code, ENDED, preempted=True).cause == cause
 
 
 def test_causes_are_counted_apart() -> None:
@@ -88,7 +103,10 @@ def test_time_limits_that_are_too_short_end_it(restarts: tuple[Restart, ...], st
 
 def test_a_queue_may_preempt_a_job_before_its_first_step_for_ever() -> None:
     earlier = tuple(Restart(at, "preemption", 143, None) for at in range(9))
-    assert judge(143, WARNED, over=False, step=None, restarts=earlier, retries={}).cause == Cause.PREEMPTION
+    assert (
+        judge(143, WARNED, over=False, preempted=False, step=None, restarts=earlier, retries={}).cause
+        == Cause.PREEMPTION
+    )
 
 
 @pytest.mark.parametrize(

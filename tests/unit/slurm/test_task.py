@@ -185,7 +185,7 @@ def test_a_warning_is_passed_on_and_queues_again_once(start: Start, tmp_path: Pa
 
 
 @pytest.mark.parametrize(("left", "preempted", "cause"), [
-    ("100", "2026-11-23T16:00:00", "preemption"),
+    ("60", "2026-11-23T16:00:00", "preemption"),
     ("9999", "None", "preemption"),
     ("", "None", "timeout"),
 ])  # fmt: skip
@@ -237,6 +237,14 @@ def test_scancel_is_passed_on_and_queues_nothing(start: Start, tmp_path: Path) -
     assert not (tmp_path / "12_restarts.json").exists()
 
 
+def test_a_preemption_without_a_warning_queues_again(start: Start, tmp_path: Path) -> None:
+    task = start(saves(tmp_path), preempted="2026-11-23T16:00:00")
+    task.ready()
+    task.process.terminate()
+    assert (task.end()[0], task.requeues()) == (143, 1)
+    assert [each.cause for each in read_restarts(tmp_path / "12_restarts.json")] == ["preemption"]
+
+
 def test_a_warned_job_that_was_cancelled_meanwhile_stays_so(start: Start, tmp_path: Path) -> None:
     task = start(saves(tmp_path), state="CANCELLED")
     task.ready()
@@ -279,7 +287,7 @@ def test_another_node_s_stop_is_this_one_s(start: Start, tmp_path: Path) -> None
     Ends(tmp_path, "12", 0).put(1, 143)
     code, said = task.end()
     assert code == 143
-    assert "another node ended with 143: this one's job is sent SIGTERM" in said
+    assert "another node ended with 143: this one's job is sent SIGUSR2" in said
 
 
 def test_another_node_s_error_is_the_job_s(start: Start, tmp_path: Path) -> None:
@@ -314,7 +322,7 @@ def test_peers_that_failed_are_given_time_to_be_noticed(tmp_path: Path) -> None:
     assert peers.wish(5.0, 10) is None
     ends.put(2, 137)
     assert [peers.wish(at, 10) for at in (10.0, 40.0, 60.0, 70.0, 90.0, 91.0)] == [
-        None, None, signal.SIGTERM, None, signal.SIGKILL, None,
+        None, None, signal.SIGUSR2, None, signal.SIGKILL, None,
     ]  # fmt: skip
 
 
