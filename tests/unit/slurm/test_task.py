@@ -94,9 +94,8 @@ class Task:
     ) -> None:
         self.folder = folder
         self.asked = folder / "asked"
-        self._tool(
-            "scontrol", f'echo "$@" >> {self.asked}; [ $1 = show ] && echo "JobState={state} Restarts=0"; exit 0'
-        )
+        shown = f"JobState={state} Restarts=0 StartTime=2026-11-23T15:00:00 PreemptTime={preempted}"
+        self._tool("scontrol", f'echo "$@" >> {self.asked}; [ $1 = show ] && echo "{shown}"; exit 0')
         python = self._tool("python", job)
         path = f"{folder}:{os.environ['PATH']}"
         self.process = subprocess.Popen(
