@@ -3,7 +3,7 @@ KILLS ?= 12
 SEED ?= 1
 N ?= 10000
 
-.PHONY: help setup demo test test-slow chaos chaos-files fuzz mutations test-gpu bench bench-data format lint types build clean
+.PHONY: help setup demo test test-slow test-cluster chaos chaos-files fuzz mutations test-gpu bench bench-data format lint types build clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -25,6 +25,9 @@ test: $(VENV)/.ready lint types ## Run the linters, the type checker and the tes
 
 test-slow: $(VENV)/.ready ## Run the slow tests: benchmarks, chaos, and long runs of the real command
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --numprocesses 2 --dist loadfile
+
+test-cluster: $(VENV)/.ready ## Run jobs on a real Slurm, started for it, and disturb them (root; SFT_JOB_TEST_TOOLS names its scripts)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m cluster --numprocesses 3 --dist load --maxschedchunk 1 --timeout 900 -rs tests/cluster
 
 chaos: $(VENV)/.ready ## Kill runs (KILLS=200 SEED=1) and compare each with one that nobody touched; ONLY=k repeats one
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --kills $(KILLS) --seed $(SEED) $(if $(ONLY),--only $(ONLY))

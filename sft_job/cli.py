@@ -175,6 +175,32 @@ def demo(
     raise typer.Exit(run_demo(folder))
 
 
+submit_app = typer.Typer(help="Submit a job file to a scheduler.", no_args_is_help=True)
+app.add_typer(submit_app, name="submit")
+
+
+@submit_app.callback()
+def _submit() -> None:
+    """Submit a job file (job.yaml) to a scheduler."""
+
+
+@submit_app.command("slurm")
+def submit_slurm(
+    job_file: Annotated[Path, typer.Argument(help="The job file (job.yaml).")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="Settings of the job file or of the run, as key=value.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the sbatch script and the plan only.")] = False,
+    preflight: Annotated[
+        bool, typer.Option("--preflight", help="Only look whether such nodes are fit; waits for the answer.")
+    ] = False,
+) -> None:
+    """Submit to Slurm: saves and queues itself again at time limits, preemptions and lost nodes."""
+    from slurm.cli import submit  # noqa: PLC0415  the one place that knows a launcher
+
+    raise typer.Exit(submit(job_file, settings or [], dry_run=dry_run, preflight=preflight))
+
+
 def main() -> None:
     """Entry point; whatever is not foreseen ends with 1, a line, and its traceback in a file."""
     try:

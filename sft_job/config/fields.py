@@ -55,7 +55,12 @@ _WORDS_PLURAL = {int: "whole numbers", float: "numbers", str: "texts"}
 
 def leaf_fields() -> dict[str, Field]:
     """All settings by full path, in the order of ``schema.py``."""
-    return {leaf.path: leaf for leaf in _leaves(JobConfig(), "")}
+    return fields_of(JobConfig())
+
+
+def fields_of(settings: Any, section: str = "") -> dict[str, Field]:
+    """The same for any tree of dataclasses; ``section`` is where it hangs."""
+    return {leaf.path: leaf for leaf in _leaves(settings, section)}
 
 
 def section_paths(fields: Iterable[str]) -> frozenset[str]:

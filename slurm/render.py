@@ -1,0 +1,116 @@
+"""From a checked job file to the text of the sbatch script: pure, through submitit's executor.
+
+submitit offers no text without submitting. Its executor's hooks for plugins (``_make_submission_file_text``,
+``_submitit_command_str``) are what this room uses beyond its public methods; everything else goes through
+``update_parameters``.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from pathlib import Path
+from typing import Any
+
+from submitit import SlurmExecutor
+
+from sft_job.jobfile.schema import JobFile
+from sft_job.jobfile.validate import seconds_of
+from slurm.listener import WARNING
+from slurm.plan import ONLY_PREFLIGHT, Plan
+from slurm.settings import SlurmSettings
+
+_LEAVE_SECONDS = 15
+"""Between the end of the job's own grace and that of Slurm: to agree between the nodes and to queue again."""
+_PREFLIGHT_TIME = "10"
+# Python is deaf for a second while it starts, and one of these in that second would end it: what is ignored stays so
+# until the task listens.
+_STARTER = 'trap "" USR1 USR2; exec "$0" "$@"'
+
+
+class Executor(SlurmExecutor):
+    """submitit's executor, which can show its text, and needs no Slurm where it is only shown."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        """As if Slurm were there: who submits looks for sbatch."""
+        return 2
+
+    def text(self) -> str:
+        """The sbatch script."""
+        return self._make_submission_file_text(self._submitit_command_str, "")
+
+
+def make_executor(job: JobFile, slurm: SlurmSettings, plan: Plan) -> Executor:
+    """The executor that renders and submits this job."""
+    executor = Executor(plan.folder, python=shlex.join(["bash", "-c", _STARTER, plan.python, "-P"]))
+    executor.update_parameters(**parameters(job, slurm, plan))
+    return executor
+
+
+def render(job: JobFile, slurm: SlurmSettings, plan: Plan) -> str:
+    """The sbatch script's text."""
+    return make_executor(job, slurm, plan).text()
+
+
+def parameters(job: JobFile, slurm: SlurmSettings, plan: Plan) -> dict[str, Any]:
+    """Parameters of submitit's executor: one process on each node, which starts the job there."""
+    resources = job.resources
+    cpus, time = resources.cpus_per_node, _time(job, plan)
+    # Since Slurm 22.05 srun does not take this from sbatch. One node's end must not end the others: they may be saving.
+    srun = [f"--cpus-per-task={cpus}"] if cpus else []
+    srun += ["--kill-on-bad-exit=0", "--wait=0", *slurm.srun_args]
+    found: dict[str, Any] = {
+        "job_name": job.name,
+        "time": None
+        if time is None
+        else math.ceil((seconds_of(time) or 60) / 60),  # None takes submitit's default away
+        "nodes": resources.nodes,
+        "ntasks_per_node": 1,
+        "cpus_per_task": cpus,
+        "mem": None if resources.memory_gib is None else _memory(resources.memory_gib),
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "constraint": slurm.constraint,
+        "nodelist": slurm.nodelist,
+        "exclude": slurm.exclude,
+        "exclusive": True if slurm.exclusive == "true" else slurm.exclusive,
+        "dependency": slurm.dependency,
+        "stderr_to_stdout": True,
+        "srun_args": srun,
+        "setup": [f"module load {' '.join(slurm.modules)}"] * bool(slurm.modules) + slurm.setup or None,
+        "wckey": None,
+        "additional_parameters": _more(job, slurm, plan),
+    }
+    if slurm.gres is not None:
+        found["gres"] = slurm.gres
+    elif resources.gpus_per_node:
+        count = resources.gpus_per_node
+        found["gpus_per_node"] = f"{slurm.gpu_type}:{count}" if slurm.gpu_type else count
+    return found
+
+
+def _time(job: JobFile, plan: Plan) -> str | None:
+    return _PREFLIGHT_TIME if plan.preflight == ONLY_PREFLIGHT else job.resources.time
+
+
+def _more(job: JobFile, slurm: SlurmSettings, plan: Plan) -> dict[str, Any]:
+    """Options for which submitit has no parameter, or one that is not fine enough."""
+    time = _time(job, plan)
+    return {
+        # Also where SUBMITIT_PREEMPT_SIGNAL is set: the text depends on the job file alone.
+        "signal": f"{WARNING.name.removeprefix('SIG')}@{job.grace_seconds + _LEAVE_SECONDS}",
+        **({} if time is None else {"time": time}),
+        "no-requeue" if plan.preflight == ONLY_PREFLIGHT else "requeue": True,
+        **{name: True if value == "true" else value for name, value in slurm.sbatch.items()},
+    }
+
+
+def _memory(gib: float) -> str:
+    return "0" if gib == 0 else f"{math.ceil(gib * 1024)}M"
+
+
+def log_path(plan: Plan, job_id: str, node: int | str = 0) -> Path:
+    """The log of one node's task; submitit names it."""
+    return Path(plan.folder) / f"{job_id}_{node}_log.out"

@@ -1,0 +1,191 @@
+"""What becomes of a job when its processes have ended: pure, so that every case is tested without a cluster."""
+
+from __future__ import annotations
+
+import enum
+import json
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sft_job.contract import ExitCode
+
+_KILLED = 128
+_STOPPING = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2))
+_TIMEOUTS_IN_VAIN = 3
+_KNOWN = frozenset(int(code) for code in ExitCode)
+
+
+class Cause(enum.StrEnum):
+    """Why a job is queued again."""
+
+    TIMEOUT = "timeout"
+    """The time limit was near."""
+    PREEMPTION = "preemption"
+    """Somebody else needs the nodes."""
+    LOSS = "loss"
+    """A rank or a node was lost."""
+    SCHEDULER = "scheduler"
+    """Slurm did it by itself, or somebody with scontrol: a node failed, an operator, a preemption without a warning."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked of the job.
+
+    Attributes:
+        warned_at: Unix time at which it was first asked to save and be queued again; None = it was not.
+        stopped_at: of the first TERM, INT or HUP, which means: no requeue of our own.
+        limit: it was asked because its time is over.
+    """
+
+    warned_at: float | None = None
+    stopped_at: float | None = None
+    limit: bool = False
+
+    @property
+    def any(self) -> bool:
+        """Somebody asked for a stop."""
+        return self.warned_at is not None or self.stopped_at is not None
+
+
+@dataclass(frozen=True)
+class Restart:
+    """One time that the job was queued again.
+
+    Attributes:
+        start: the start that ended so.
+        cause: why.
+        code: its exit code; None where nobody saw it.
+        step: of the newest checkpoint at its end; None where there was none.
+    """
+
+    start: int
+    cause: str
+    code: int | None
+    step: int | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What becomes of the job.
+
+    Attributes:
+        code: exit code of every node's task.
+        cause: why it is queued again; None where it is not.
+        why: one line for the log.
+    """
+
+    code: int
+    cause: Cause | None
+    why: str
+
+
+def code_of(returned: int, asked: Asked) -> int:
+    """The exit code by the contract, of a process that Python or a container runtime reports on.
+
+    A signal that came before the job listened ends it: nothing was begun, so that is a stop as any other.
+    """
+    number = -returned if returned < 0 else returned - _KILLED
+    if returned < 0 or (returned > _KILLED and returned not in _KNOWN):
+        return int(ExitCode.STOPPED if asked.any and number in _STOPPING else ExitCode.LOST)
+    return returned
+
+
+def joint_code(ends: Mapping[int, int]) -> int:
+    """One code for all nodes.
+
+    Node 0's own where it says what happened; else what another node says: node 0 only notices that one is gone.
+    """
+    first = ends.get(0)
+    vague = (ExitCode.LOST, ExitCode.STOPPED)
+    if first is not None and first not in vague:
+        return first
+    stated = [code for _, code in sorted(ends.items()) if code not in (*vague, ExitCode.DONE)]
+    if stated:
+        return stated[0]
+    return int(ExitCode.LOST if ExitCode.LOST in ends.values() or not ends else max(ends.values()))
+
+
+def judge(
+    code: int,
+    asked: Asked,
+    *,
+    over: bool,
+    preempted: bool,
+    step: int | None,
+    restarts: tuple[Restart, ...],
+    retries: Mapping[str, int | None],
+) -> Verdict:
+    """Whether the job is to be queued again.
+
+    Args:
+        code: of all nodes together.
+        asked: what node 0 was asked.
+        over: the time limit has been reached.
+        preempted: Slurm says that the job has to make room for another one.
+        step: of the newest checkpoint; None where there is none.
+        restarts: earlier ones.
+        retries: how many of each cause; None or no entry = as many as it takes.
+    """
+    if code == ExitCode.DONE:
+        return Verdict(code, None, "done")
+    if code not in (ExitCode.STOPPED, ExitCode.LOST):
+        return Verdict(code, None, f"exit code {code} would be the same the next time: not queued again")
+    if asked.stopped_at is not None and not over and not preempted:
+        return Verdict(code, None, "ended from outside (scancel, scontrol requeue): Slurm decides")
+    cause = Cause.LOSS
+    if code == ExitCode.STOPPED:
+        # Nobody asked: the job left by itself, because of its deadline.
+        warned = asked.warned_at is not None and not asked.limit
+        cause = Cause.PREEMPTION if warned or preempted else Cause.TIMEOUT
+    count = sum(restart.cause == cause for restart in restarts)
+    limit = retries.get(cause)
+    if limit is not None and count >= limit:
+        return Verdict(code, None, f"{cause} number {count + 1}, and retries allow {limit}: not queued again")
+    if cause == Cause.TIMEOUT and _stand_still(restarts, step):
+        why = f"{_TIMEOUTS_IN_VAIN} starts in a row came to their time limit without a new checkpoint: not queued again"
+        return Verdict(int(ExitCode.NO_PROGRESS), None, f"{why}\n    fix: a longer resources.time")
+    return Verdict(code, cause, f"{cause} number {count + 1}: queued again")
+
+
+def _stand_still(restarts: tuple[Restart, ...], step: int | None) -> bool:
+    """Whether too many starts, this one among them, were too short. The job's own breaker does not count stops."""
+    last = restarts[-(_TIMEOUTS_IN_VAIN - 1) :]
+    in_vain = [restart.cause == Cause.TIMEOUT and restart.step == step for restart in last]
+    return len(in_vain) == _TIMEOUTS_IN_VAIN - 1 and all(in_vain)
+
+
+def read_restarts(path: Path) -> tuple[Restart, ...]:
+    """Earlier restarts of a job; none where there is no such file, or it cannot be read."""
+    try:
+        records: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["restarts"]
+        return tuple(Restart(int(each["start"]), str(each["cause"]), each["code"], each["step"]) for each in records)
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
+
+
+def with_unseen(restarts: tuple[Restart, ...], start: int) -> tuple[Restart, ...]:
+    """The restarts before ``start``; those that this job did not ask for were Slurm's."""
+    known = {restart.start: restart for restart in restarts}
+    return tuple(known.get(each, Restart(each, Cause.SCHEDULER, None)) for each in range(start))
+
+
+def write_restarts(path: Path, restarts: tuple[Restart, ...]) -> None:
+    """Write them down, all or nothing.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    counts: dict[str, int] = {}
+    for restart in restarts:
+        counts[restart.cause] = counts.get(restart.cause, 0) + 1
+    temporary = path.with_name(f".{path.name}.new")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump({"counts": counts, "restarts": [asdict(each) for each in restarts]}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,166 @@
+"""The ``slurm`` block of ``job.yaml``, and its rules."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from sft_job.errors import Problem
+from sft_job.jobfile.schema import JobFile
+from sft_job.jobfile.validate import Checks, text_problems
+
+RUNTIMES = ("none", "pyxis", "apptainer", "docker", "podman")
+"""What starts the job on a node."""
+_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/+:@,=*-]*")
+_OPTION = re.compile(r"[a-z][a-z0-9-]*")
+_MODULE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/+-]*")
+_INTERFACE = re.compile(r"[=^]?[A-Za-z0-9][A-Za-z0-9._,:-]*")
+# Options of sbatch that other settings stand for, or that would undo how the job is started and queued again.
+_OWN_OPTIONS = {
+    "job-name": "name",
+    "nodes": "resources.nodes",
+    "time": "resources.time",
+    "mem": "resources.memory_gib",
+    "cpus-per-task": "resources.cpus_per_node",
+    "gpus-per-node": "resources.gpus_per_node",
+    "gres": "slurm.gres",
+    "partition": "slurm.partition",
+    "account": "slurm.account",
+    "qos": "slurm.qos",
+    "constraint": "slurm.constraint",
+    "nodelist": "slurm.nodelist",
+    "exclude": "slurm.exclude",
+    "exclusive": "slurm.exclusive",
+    "dependency": "slurm.dependency",
+    "signal": "grace_seconds",
+    "output": "slurm.folder",
+    "error": "slurm.folder",
+}
+_FORBIDDEN = (
+    "array",
+    "export-file",
+    "help",
+    "hold",
+    "ignore-pbs",
+    "no-kill",
+    "no-requeue",
+    "ntasks",
+    "ntasks-per-core",
+    "ntasks-per-gpu",
+    "ntasks-per-node",
+    "ntasks-per-socket",
+    "open-mode",
+    "parsable",
+    "requeue",
+    "test-only",
+    "usage",
+    "version",
+    "wait",
+    "wrap",
+)
+
+
+@dataclass
+class SlurmSettings:
+    """How Slurm gets the job and what starts it on a node."""
+
+    partition: str | None = None
+    """Partition, or several with commas; null = the cluster's default."""
+    account: str | None = None
+    """Account that pays."""
+    qos: str | None = None
+    """Quality of service."""
+    constraint: str | None = None
+    """Features that nodes must have: ``a100&ib``."""
+    nodelist: str | None = None
+    """Nodes that must be among those of the job."""
+    exclude: str | None = None
+    """Nodes that must not be."""
+    gres: str | None = None
+    """Generic resources of each node, in place of ``--gpus-per-node``: ``gpu:4,nvme:1``."""
+    gpu_type: str | None = None
+    """Type of the GPUs: ``a100`` makes ``--gpus-per-node=a100:N``."""
+    exclusive: str | None = None
+    """``true`` = nobody else on the nodes; or ``user``, ``mcs``, ``topo``."""
+    dependency: str | None = None
+    """Jobs to wait for: ``afterok:123``, ``singleton``."""
+    sbatch: dict[str, str] = field(default_factory=dict[str, str])
+    """Any other option of sbatch without its dashes (``{reservation: spring}``); ``true`` for one without a value."""
+    srun_args: list[str] = field(default_factory=list[str])
+    """More options of the srun that starts one process on each node."""
+    modules: list[str] = field(default_factory=list[str])
+    """Environment modules to load before."""
+    setup: list[str] = field(default_factory=list[str])
+    """Shell lines that the first node runs before; their variables reach every node."""
+    network_interface: str | None = None
+    """Network interface of the ranks: ``NCCL_SOCKET_IFNAME`` and ``GLOO_SOCKET_IFNAME``."""
+    master_port: int | None = None
+    """Port at which the ranks meet; null = one derived from the job's id."""
+    python: str | None = None
+    """Python on the nodes, outside of any container, that has sft_job and submitit; null = the one that submits."""
+    container: str = "none"
+    """What starts the job on a node: none (``python`` itself), pyxis, apptainer, docker or podman."""
+    container_args: list[str] = field(default_factory=list[str])
+    """More options of the container runtime."""
+    folder: str | None = None
+    """Folder of sbatch scripts and logs, seen by every node; null = ``slurm`` in ``checkpoint_dir``."""
+
+
+def check_slurm(job: JobFile, slurm: SlurmSettings) -> list[Problem]:
+    """Everything that is wrong with the block, alone and with the rest of the job file."""
+    problems = text_problems(slurm, "slurm", frozenset({"slurm.srun_args", "slurm.container_args"}))
+    check = Checks(problems)
+    for name in ("partition", "account", "qos", "nodelist", "exclude", "gres", "gpu_type", "dependency"):
+        value = getattr(slurm, name)
+        brackets = value.replace("[", "").replace("]", "") if value and name in ("nodelist", "exclude") else value
+        plain = value is None or _WORD.fullmatch(brackets.replace("?", ",") if name == "dependency" else brackets)
+        check(plain, f"slurm.{name}", "must be letters, digits and . _ / + : @ , = * -", value=value)
+    known = (None, "true", "user", "mcs", "topo")
+    check(slurm.exclusive in known, "slurm.exclusive", "must be true, user, mcs or topo", value=slurm.exclusive)
+    for name in slurm.sbatch:
+        _check_option(check, name)
+    for name in ("srun_args", "container_args"):
+        for at, each in enumerate(getattr(slurm, name)):
+            check(each, f"slurm.{name}[{at}]", "must not be empty")
+    for at, each in enumerate(slurm.modules):
+        check(_MODULE.fullmatch(each), f"slurm.modules[{at}]", "must be a module's name", value=each)
+    for at, line in enumerate(slurm.setup):
+        rule = "sbatch would read it as an option"
+        check(not line.lstrip().startswith("#SBATCH"), f"slurm.setup[{at}]", rule, "write it below slurm.sbatch", line)
+    interface = slurm.network_interface
+    rule = "must be the name of an interface, or a list of names"
+    check(interface is None or _INTERFACE.fullmatch(interface), "slurm.network_interface", rule, value=interface)
+    port = slurm.master_port
+    check(port is None or 1024 <= port <= 65535, "slurm.master_port", "must be from 1024 to 65535", value=port)
+    check("%" not in (slurm.folder or ""), "slurm.folder", "must hold no %", value=slurm.folder)
+    _check_gpus(job, slurm, check)
+    _check_container(job, slurm, check)
+    return problems
+
+
+def _check_option(check: Checks, name: str) -> None:
+    subject = f"slurm.sbatch.{name}"
+    check(_OPTION.fullmatch(name), subject, "must be a long option of sbatch without its dashes", value=name)
+    own = _OWN_OPTIONS.get(name)
+    check(own is None, subject, "has a setting of its own", f"set {own}")
+    check(name not in _FORBIDDEN, subject, "would undo how the job is started and queued again", "remove it")
+
+
+def _check_gpus(job: JobFile, slurm: SlurmSettings, check: Checks) -> None:
+    both = slurm.gres is not None and slurm.gpu_type is not None
+    check(not both, "slurm.gpu_type", "slurm.gres names the GPUs too", "keep one of the two", slurm.gpu_type)
+    if slurm.gpu_type is not None:
+        rule = "resources.gpus_per_node is 0"
+        check(job.resources.gpus_per_node, "slurm.gpu_type", rule, "say how many", slurm.gpu_type)
+
+
+def _check_container(job: JobFile, slurm: SlurmSettings, check: Checks) -> None:
+    name, image = slurm.container, job.image
+    check(name in RUNTIMES, "slurm.container", f"must be one of {', '.join(RUNTIMES)}", value=name)
+    if name == "none":
+        fix = f"set slurm.container to one of {', '.join(RUNTIMES[1:])}, or leave the image out"
+        check(image is None, "image", "slurm.container is none: nothing would start the image", fix, image)
+        check(not job.mounts, "mounts", "there is no container", "remove them: the job sees what its node sees")
+        check(not slurm.container_args, "slurm.container_args", "there is no container", "remove them")
+    elif name in RUNTIMES:
+        check(image, "image", f"slurm.container is {name}, and no image is named", "name one, or container: none")

@@ -1,0 +1,176 @@
+"""``sft-job submit slurm``: load, check, show, submit. Imports no torch: it runs on a login node."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+from sft_job.contract import Env, ExitCode, RunFolder
+from sft_job.errors import JobError, Problem, raise_problems
+from sft_job.jobfile.load import LoadedJob, load_job
+from sft_job.jobfile.schema import JobFile
+from sft_job.jobfile.validate import secret_problems
+from sft_job.submissions import record
+from slurm.allocation import Allocation
+from slurm.containers import Setting, job_command, job_environ
+from slurm.ends import Ends
+from slurm.plan import FIRST_PREFLIGHT, NO_PREFLIGHT, ONLY_PREFLIGHT, Plan, make_plan
+from slurm.render import log_path, make_executor, render
+from slurm.requeue import joint_code
+from slurm.settings import SlurmSettings, check_slurm
+from slurm.task import job_variables, run_node
+
+_POLL_SECONDS = 1.0
+_GONE_SECONDS = 20.0
+Show = Callable[[str], None]
+
+
+def submit_job(
+    path: Path,
+    overrides: Sequence[str],
+    environ: Mapping[str, str],
+    show: Show,
+    *,
+    dry_run: bool = False,
+    preflight: bool = False,
+) -> int:
+    """Submit a job file to Slurm; the exit code of the command.
+
+    Args:
+        path: the job file.
+        overrides: ``key=value`` on top of it, or on top of the run's config.
+        environ: environment of the process.
+        show: takes lines for the user.
+        dry_run: only show what would be submitted.
+        preflight: a job of the same shape that only looks whether its nodes are fit; waited for.
+
+    Raises:
+        JobError: what is wrong with the job file (2), or why it could not be submitted (2, 73).
+    """
+    loaded = load_job(path, overrides, "slurm", SlurmSettings, check_slurm)
+    raise_problems(_place_problems(loaded, environ))
+    job, block = loaded.job, loaded.block
+    plan = make_plan(job, block, Path.cwd(), sys.executable, ONLY_PREFLIGHT if preflight else None)
+    if dry_run:
+        show(f"# sbatch script\n{render(job, block, plan)}\n{plan_text(job, plan)}")
+        return ExitCode.DONE
+    if shutil.which("sbatch") is None:
+        raise JobError(ExitCode.CONFIG, "sbatch is not on PATH\n    fix: submit on a login node of the Slurm cluster")
+    job_id = _submit(job, block, plan)
+    log = log_path(plan, job_id)
+    show(f"submitted job {job_id} ({job.name}): {job.resources.nodes} node(s), {job.ranks_per_node} rank(s) on each")
+    show(f"log: {log}")
+    if preflight:
+        return wait_for_preflight(plan, job_id, job.resources.nodes, show)
+    run = RunFolder(Path(plan.checkpoint_dir) / "sft")
+    show(f"run folder: {run.root}")
+    try:
+        record(
+            "slurm", job_id, run.root, environ=environ, logs=[log_path(plan, job_id, "*")], ask=f"squeue -j {job_id}"
+        )
+        show(f"how it stands: sft-job status {job_id}")
+    except JobError as error:  # the job is submitted all the same
+        show(f"how it stands: sft-job status {run.root} (not by the job's id: {error})")
+    show(f"stop it: scancel {job_id} (it saves first); save and queue again: scancel --signal=USR2 {job_id}")
+    return ExitCode.DONE
+
+
+def plan_text(job: JobFile, plan: Plan) -> str:
+    """What happens on each node, for people."""
+    hosts = tuple(f"NODE{node}" for node in range(job.resources.nodes))
+    here = Allocation("JOBID", 0, 0, hosts, None)
+    variables = job_variables(dataclasses.replace(plan, master_port=plan.master_port or 1), here, {})
+    if plan.master_port is None and Env.MASTER_PORT in variables:
+        variables[Env.MASTER_PORT] = "(from the job's id)"
+    setting = Setting(plan, variables, "JOBID", 0, "NODE0", "UID:GID")
+    verbs = {NO_PREFLIGHT: ["train"], FIRST_PREFLIGHT: ["preflight", "train"], ONLY_PREFLIGHT: ["preflight"]}
+    commands = [job_command(setting, verb, plan.config, *plan.overrides) for verb in verbs[plan.preflight]]
+    limits = ", ".join(
+        f"{name} {'(no limit)' if most is None else f'({most} times)'}" for name, most in plan.retries.items()
+    )
+    lines = ["# plan", "on node 0 (others differ in NODE_RANK) there runs, with these variables:"]
+    lines += [f"    {shlex.join(command)}" for command in commands]
+    lines += [f"    {name}={value}" for name, value in sorted(job_environ(setting).items())]
+    lines += [f"    {name}: from the environment in which you submit" for name in plan.secrets]
+    lines += [
+        f"run folder: {plan.checkpoint_dir}/sft",
+        f"log of node 0: {log_path(plan, 'JOBID')}",
+        f"queued again after: {limits}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _place_problems(loaded: LoadedJob[SlurmSettings], environ: Mapping[str, str]) -> list[Problem]:
+    """What is wrong here and now: files that are not there, secrets that are not set, or stand where they must not."""
+    job = loaded.job
+    problems = [*secret_problems(job, "", environ), *secret_problems(loaded.block, "slurm", environ)]
+    config = Path(job.config).expanduser()
+    if not config.is_file():
+        rule, fix = "there is no such file", "correct the path; a relative one begins at the folder in which you submit"
+        problems.append(Problem(ExitCode.CONFIG, "config", rule, fix, job.config))
+    for at, name in enumerate(job.secrets):
+        if not environ.get(name):
+            rule, fix = "this variable is not set here", f"export {name}=..., or take it out of the list"
+            problems.append(Problem(ExitCode.CONFIG, f"secrets[{at}]", rule, fix, name))
+    return [dataclasses.replace(problem, origin=loaded.origin(problem.subject)) for problem in problems]
+
+
+def _submit(job: JobFile, block: SlurmSettings, plan: Plan) -> str:
+    folder = Path(plan.folder)
+    try:
+        Path(plan.checkpoint_dir).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise JobError(
+            ExitCode.CANNOT_CREATE, f"{folder} cannot be made: {error}\n    fix: another checkpoint_dir or slurm.folder"
+        ) from error
+    try:
+        return make_executor(job, block, plan).submit(run_node, plan.values()).job_id
+    except FailedJobError as error:
+        said = [line for line in str(error).splitlines() if line.startswith("sbatch:")] or str(error).splitlines()[-1:]
+        lines = "".join(f"\n    {line}" for line in said)
+        raise JobError(ExitCode.CONFIG, f"sbatch did not take the job:{lines}") from error
+    except (OSError, FailedSubmissionError) as error:
+        raise JobError(ExitCode.CANNOT_CREATE, f"the job could not be submitted: {error}") from error
+
+
+def wait_for_preflight(plan: Plan, job_id: str, nodes: int, show: Show) -> int:
+    """Show what the preflight says, as it says it; its exit code.
+
+    Raises:
+        JobError: the job ended without a word (137).
+    """
+    ends, log, shown = Ends(Path(plan.folder), job_id, 0), log_path(plan, job_id), 0
+    gone_at: float | None = None
+    while True:
+        time.sleep(_POLL_SECONDS)
+        found = ends.all()
+        if log.exists():
+            text = log.read_bytes()[shown:]
+            whole = text[: text.rfind(b"\n") + 1]
+            shown += len(whole)
+            if whole:
+                show(whole.decode("utf-8", errors="replace").rstrip("\n"))
+        if len(found) == nodes:
+            return joint_code(found)
+        if gone_at is None and not _is_queued(job_id):
+            gone_at = time.monotonic()
+        if gone_at is not None and time.monotonic() - gone_at > _GONE_SECONDS:
+            raise JobError(ExitCode.LOST, f"job {job_id} ended without a word from every node\n    log: {log}")
+
+
+def _is_queued(job_id: str) -> bool:
+    command = ["squeue", "--noheader", f"--jobs={job_id}", "--states=PENDING,CONFIGURING,RUNNING,COMPLETING,SUSPENDED"]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return True
+    return asked.returncode == 0 and bool(asked.stdout.strip())

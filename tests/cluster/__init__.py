@@ -1,0 +1,1 @@
+"""Tests on real schedulers, started for them on this machine."""

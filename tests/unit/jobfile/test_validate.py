@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sft_job.jobfile.mounts import Mount, parse_mount
+from sft_job.jobfile.schema import JobFile, Resources, Retries
+from sft_job.jobfile.validate import secret_problems, validate
+
+
+def job(**more: Any) -> JobFile:
+    return JobFile(**{"config": "sft.yaml", "checkpoint_dir": "/runs/one", **more})
+
+
+def subjects(found: JobFile) -> list[str]:
+    return [problem.subject for problem in validate(found)]
+
+
+def test_a_good_one() -> None:
+    good = job(mounts=["/data:/in:ro"], environment={"A_B": "c d"}, secrets=["WANDB_API_KEY"], overrides=["a.b=c=d"])
+    assert subjects(good) == []
+
+
+@pytest.mark.parametrize(
+    ("more", "subject"),
+    [
+        ({"name": "a\nb"}, "name"),
+        ({"name": "$(x)"}, "name"),
+        ({"name": "-x"}, "name"),
+        ({"name": ""}, "name"),
+        ({"name": "x" * 101}, "name"),
+        ({"config": ""}, "config"),
+        ({"config": "a\x00b"}, "config"),
+        ({"checkpoint_dir": "--wrap"}, "checkpoint_dir"),
+        ({"checkpoint_dir": "/runs/%j"}, "checkpoint_dir"),
+        ({"image": "a b"}, "image"),
+        ({"image": "--privileged"}, "image"),
+        ({"mounts": ["/a:b"]}, "mounts[0]"),
+        ({"mounts": ["/a,/b"]}, "mounts[0]"),
+        ({"mounts": ["/a:/b:/c"]}, "mounts[0]"),
+        ({"mounts": ["/a/../etc"]}, "mounts[0]"),
+        ({"overrides": ["x"]}, "overrides[0]"),
+        ({"overrides": ["a=b", "--config=x"]}, "overrides[1]"),
+        ({"overrides": ["a=b\u2028c"]}, "overrides[0]"),
+        ({"environment": {"A-B": "x"}}, "environment.A-B"),
+        ({"environment": {"NNODES": "2"}}, "environment.NNODES"),
+        ({"environment": {"PET_NNODES": "2"}}, "environment.PET_NNODES"),
+        ({"environment": {"A": "x\ry"}}, "environment.A"),
+        ({"environment": {"WANDB_API_KEY": "0123456789abcdef"}}, "environment.WANDB_API_KEY"),
+        ({"environment": {"PLAIN": "hf_abcdefghijklmnopqrstuvwxyz"}}, "environment.PLAIN"),
+        ({"secrets": ["A B"]}, "secrets[0]"),
+        ({"resources": Resources(nodes=0)}, "resources.nodes"),
+        ({"resources": Resources(gpus_per_node=2, ranks_per_node=3)}, "resources.ranks_per_node"),
+        ({"resources": Resources(memory_gib=float("nan"))}, "resources.memory_gib"),
+        ({"resources": Resources(time="soon")}, "resources.time"),
+        ({"resources": Resources(time="1"), "grace_seconds": 90}, "resources.time"),
+        ({"grace_seconds": 0}, "grace_seconds"),
+        ({"retries": Retries(losses=-1)}, "retries.losses"),
+    ],
+)
+def test_what_is_refused(more: dict[str, Any], subject: str) -> None:
+    assert subject in subjects(job(**more))
+
+
+def test_a_secret_is_not_shown() -> None:
+    (problem,) = validate(job(environment={"MY_TOKEN": "canary-of-the-hub"}))
+    assert "canary" not in problem.text()
+    assert "secrets: [MY_TOKEN]" in problem.fix
+
+
+def test_a_secret_of_this_environment_in_any_text() -> None:
+    environ = {"WANDB_API_KEY": "c0ffee" * 5, "HOME": "/home/me"}
+    found = job(name="x", overrides=["a=1", f"trainer.note={environ['WANDB_API_KEY']}"], environment={"H": "/home/me"})
+    (problem,) = secret_problems(found, "", environ)
+    assert problem.subject == "overrides[1]"
+    assert "c0ffee" not in problem.text()
+
+
+@pytest.mark.parametrize(
+    ("text", "mount"),
+    [
+        ("/a", Mount("/a", "/a")),
+        ("/a:/b", Mount("/a", "/b")),
+        ("/a:rw", Mount("/a", "/a", True)),
+        ("/a:/b:rw", Mount("/a", "/b", True)),
+        ("/a b:/b:ro", Mount("/a b", "/b")),
+    ],
+)
+def test_mounts(text: str, mount: Mount) -> None:
+    assert parse_mount(text) == mount
+    assert parse_mount(str(mount)) == mount

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sft_job.jobfile.schema import JobFile, Resources
+from slurm.settings import SlurmSettings, check_slurm
+
+
+def subjects(slurm: dict[str, Any], **job: Any) -> list[str]:
+    given = JobFile(**{"config": "sft.yaml", "checkpoint_dir": "/runs/one", **job})
+    return [problem.subject for problem in check_slurm(given, SlurmSettings(**slurm))]
+
+
+@pytest.mark.parametrize(
+    "slurm",
+    [
+        {},
+        {"partition": "gpu,long", "qos": "high", "constraint": "a100&ib", "dependency": "afterok:12:13,afterany:9"},
+        {"dependency": "afterok:1?afterok:2", "nodelist": "n[1-3,7]", "exclude": "gpu[01-04]", "exclusive": "user"},
+        {"gres": "gpu:a100:4,nvme:1", "sbatch": {"reservation": "spring", "comment": "$(x) 'q'", "nice": "100"}},
+        {"modules": ["cuda/12.8", "nccl/2.27+x"], "setup": ["export A=1", "ulimit -l unlimited"], "master_port": 5000},
+        {"srun_args": ["--mpi=none"], "network_interface": "ib0,ib1"},
+        {"network_interface": "^docker0"},
+    ],
+)
+def test_good_ones(slurm: dict[str, Any]) -> None:
+    assert subjects(slurm) == []
+
+
+@pytest.mark.parametrize(
+    ("slurm", "subject"),
+    [
+        ({"partition": "a b"}, "slurm.partition"),
+        ({"partition": "--wrap=x"}, "slurm.partition"),
+        ({"account": "a\n#SBATCH --x"}, "slurm.account"),
+        ({"qos": "$(x)"}, "slurm.qos"),
+        ({"constraint": "a\tb"}, "slurm.constraint"),
+        ({"dependency": "afterok:1;x"}, "slurm.dependency"),
+        ({"exclusive": "yes"}, "slurm.exclusive"),
+        ({"gres": "gpu:4", "gpu_type": "a100"}, "slurm.gpu_type"),
+        ({"sbatch": {"--nice": "1"}}, "slurm.sbatch.--nice"),
+        ({"sbatch": {"nice": "1\n2"}}, "slurm.sbatch.nice"),
+        ({"sbatch": {"signal": "USR1@5"}}, "slurm.sbatch.signal"),
+        ({"sbatch": {"time": "5"}}, "slurm.sbatch.time"),
+        ({"sbatch": {"array": "1-3"}}, "slurm.sbatch.array"),
+        ({"sbatch": {"no-requeue": "true"}}, "slurm.sbatch.no-requeue"),
+        ({"sbatch": {"wrap": "x"}}, "slurm.sbatch.wrap"),
+        ({"modules": ["cuda; rm"]}, "slurm.modules[0]"),
+        ({"setup": ["true", " #SBATCH --nice=1"]}, "slurm.setup[1]"),
+        ({"setup": ["a\nb"]}, "slurm.setup[0]"),
+        ({"srun_args": ["a\rb"]}, "slurm.srun_args[0]"),
+        ({"master_port": 80}, "slurm.master_port"),
+        ({"network_interface": "ib0 ib1"}, "slurm.network_interface"),
+        ({"folder": "/logs/%j"}, "slurm.folder"),
+        ({"container": "lxc"}, "slurm.container"),
+        ({"container": "pyxis"}, "image"),
+        ({"container_args": ["--x"]}, "slurm.container_args"),
+        ({"python": "-c x"}, "slurm.python"),
+    ],
+)
+def test_what_is_refused(slurm: dict[str, Any], subject: str) -> None:
+    assert subject in subjects(slurm)
+
+
+def test_what_does_not_fit_the_rest() -> None:
+    assert "image" in subjects({}, image="x.sif")
+    assert "mounts" in subjects({}, mounts=["/data"])
+    assert "slurm.gpu_type" in subjects({"gpu_type": "a100"}, resources=Resources(gpus_per_node=0))
+    assert subjects({"container": "apptainer"}, image="x.sif", mounts=["/data"]) == []

@@ -1,0 +1,146 @@
+"""The real command with an sbatch that writes down what it got."""
+
+from __future__ import annotations
+
+import os
+import pickletools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sft_job.submissions import find
+
+CANARY = "c0ffee" * 6
+
+
+@pytest.fixture
+def login(tmp_path: Path):
+    """A login node: a folder with job and config, and tools on PATH."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tmp_path / "sft.yaml").write_text("trainer: {}\n")
+    job = {"config": "sft.yaml", "checkpoint_dir": "runs", "secrets": ["WANDB_API_KEY"], "name": "mine"}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+
+    def run(*arguments: str, sbatch: str | None = "echo Submitted batch job 77", **more: str):
+        if sbatch is not None:
+            (tools / "sbatch").write_text(f"#!/bin/bash\n{sbatch}\n")
+            (tools / "sbatch").chmod(0o755)
+        environ = {"PATH": f"{tools}:/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+        return subprocess.run(
+            [sys.executable, "-X", "importtime", "-m", "sft_job.cli", "submit", "slurm", "job.yaml", *arguments],
+            cwd=tmp_path,
+            env={**environ, "WANDB_API_KEY": CANARY} | more,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
+
+
+def words(done: subprocess.CompletedProcess[str]) -> str:
+    """Standard error without the imports."""
+    return "\n".join(line for line in done.stderr.splitlines() if not line.startswith("import time:"))
+
+
+def test_submitted_and_shown(login, tmp_path: Path) -> None:
+    done = login()
+    assert done.returncode == 0, words(done)
+    assert done.stdout.splitlines() == [
+        "submitted job 77 (mine): 1 node(s), 1 rank(s) on each",
+        f"log: {tmp_path}/runs/slurm/77_0_log.out",
+        f"run folder: {tmp_path}/runs/sft",
+        "how it stands: sft-job status 77",
+        "stop it: scancel 77 (it saves first); save and queue again: scancel --signal=USR2 77",
+    ]
+    assert (tmp_path / "runs" / "slurm").stat().st_mode & 0o777 == 0o700
+
+
+def test_the_job_is_known_by_its_id(login, tmp_path: Path) -> None:
+    login()
+    known = find("77", {"HOME": str(tmp_path)})
+    assert (known.launcher, known.run) == ("slurm", f"{tmp_path}/runs/sft")
+    assert known.logs == (f"{tmp_path}/runs/slurm/77_*_log.out",)
+    done = login(HOME="")
+    assert done.returncode == 0
+    assert f"sft-job status {tmp_path}/runs/sft (not by the job's id: " in done.stdout
+
+
+def test_submitting_imports_no_torch(login) -> None:
+    imported = {line.rpartition("|")[2].strip() for line in login().stderr.splitlines() if "import time:" in line}
+    assert "submitit" in imported
+    assert not {name for name in imported if name.partition(".")[0] in ("torch", "transformers", "pyarrow", "numpy")}
+
+
+def test_what_travels_is_names_and_plain_values(login, tmp_path: Path) -> None:
+    """Any Python that has the packages reads it: no code, no classes but submitit's own, by name."""
+    login()
+    pickled = (tmp_path / "runs" / "slurm" / "77_submitted.pkl").read_bytes()
+    names, strings = [], []
+    for operation, argument, _ in pickletools.genops(pickled):
+        if isinstance(argument, str):
+            strings.append(argument)
+        if operation.name == "STACK_GLOBAL":
+            names.append(tuple(strings[-2:]))
+        assert operation.name not in ("REDUCE", "GLOBAL", "INST", "OBJ")
+    assert names == [("submitit.core.utils", "DelayedSubmission"), ("slurm.task", "run_node")]
+
+
+def test_no_secret_in_any_file(login, tmp_path: Path) -> None:
+    login()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files
+    assert not [path for path in files if CANARY.encode() in path.read_bytes()]
+    done = login('overrides=["trainer.note=${oc.env:WANDB_API_KEY}"]')
+    assert done.returncode == 2
+    assert "command line: overrides[0]\n    holds a secret of this environment" in words(done)
+    assert CANARY not in done.stderr + done.stdout
+
+
+def test_a_dry_run_submits_and_writes_nothing(login, tmp_path: Path) -> None:
+    done = login("--dry-run", sbatch=None)
+    assert done.returncode == 0, words(done)
+    assert done.stdout.startswith("# sbatch script\n#!/bin/bash\n")
+    assert "-m sft_job.cli train" in done.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+def test_everything_that_is_wrong_here(login) -> None:
+    done = login("config=missing.yaml", "secrets=[NOT_SET_ANYWHERE]", sbatch=None)
+    assert done.returncode == 2
+    said = words(done)
+    assert said.startswith("2 problems:\n")
+    assert "command line: config = 'missing.yaml'\n    there is no such file" in said
+    assert "command line: secrets[0] = 'NOT_SET_ANYWHERE'\n    this variable is not set here" in said
+
+
+def test_no_sbatch(login) -> None:
+    done = login(sbatch=None, PATH="/nowhere")
+    assert (done.returncode, words(done).splitlines()[0]) == (2, "sbatch is not on PATH")
+
+
+def test_sbatch_says_no(login) -> None:
+    done = login(sbatch="echo 'sbatch: error: invalid partition specified: nope' >&2; exit 1")
+    assert done.returncode == 2
+    assert "invalid partition specified: nope" in words(done)
+    assert "Traceback" not in done.stderr
+
+
+def test_a_folder_that_cannot_be_made(login, tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    done = login()
+    assert done.returncode == 73
+    assert "fix: another checkpoint_dir or slurm.folder" in words(done)
+
+
+@pytest.mark.parametrize(("ends", "code"), [("0_0", 0), ("0_65", 65)])
+def test_a_preflight_is_waited_for(login, tmp_path: Path, ends: str, code: int) -> None:
+    runs = tmp_path / "runs" / "slurm"
+    job = f"mkdir -p {runs}/77_ends/0; echo 'a table' > {runs}/77_0_log.out; touch {runs}/77_ends/0/{ends}"
+    done = login("--preflight", sbatch=f"{job}; echo Submitted batch job 77")
+    assert (done.returncode, "a table" in done.stdout) == (code, True)
+    assert "run folder" not in done.stdout
