@@ -56,5 +56,5 @@ def test_from_the_first_step_to_the_end(job: Job) -> None:
     done = fields(job, str(job.root / "ckpt"))
     assert (done["state"], done["code"], done["refusal"]) == ("done", 0, None)
     assert done["step"] == done["total_steps"]
-    assert [each["cause"] for each in done["restarts"]] == ["lost"]
+    assert [each["cause"] for each in done["restarts"]] == ["lost", "config"]
     assert done["result"].endswith("huggingface")
