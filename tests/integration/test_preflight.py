@@ -14,6 +14,8 @@ import pytest
 from tests.integration.conftest import Job, end
 from tests.ranks import free_port
 
+pytestmark = pytest.mark.slow
+
 
 class Nodes:
     """Two nodes as a launcher starts them."""
