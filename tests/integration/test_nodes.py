@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import pytest
+
 from tests.integration.conftest import Job, end
 from tests.ranks import free_port
+
+pytestmark = pytest.mark.slow
 
 
 def both(job: Job, second: Job, *overrides: str) -> list[tuple[int, str, str]]:

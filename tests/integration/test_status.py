@@ -8,8 +8,12 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
 from tests.integration.conftest import Job, end
 from tests.integration.test_train import children_of, wait_for_step
+
+pytestmark = pytest.mark.slow
 
 
 def status(job: Job, *arguments: str) -> subprocess.CompletedProcess[str]:
