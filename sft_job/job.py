@@ -245,6 +245,7 @@ def build_job(config: JobConfig, runtime: Runtime, stop: StopWish, start: Start,
 
     precision = precision_of(fsdp, runtime.device.type)
     fresh = start.checkpoint is None
+    accumulates = step_accumulates(config, rows, mesh.layout.dp_size)
     module, attention = build_model(
         config.model,
         mesh,
@@ -253,7 +254,7 @@ def build_job(config: JobConfig, runtime: Runtime, stop: StopWish, start: Start,
         config.trainer.seed,
         load=fresh,
         longest=config.data.max_length,
-        accumulates=step_accumulates(config, rows, mesh.layout.dp_size),
+        accumulates=accumulates,
     )
     optimizer = build_optimizer(module, config.optim, runtime.device.type)
     checkpointer = Checkpointer(
@@ -299,7 +300,7 @@ def build_job(config: JobConfig, runtime: Runtime, stop: StopWish, start: Start,
         stop,
     )
     loader = _loader(config, rows, order, mesh)
-    longest = longest_batches(config, rows, loader, mesh.layout.dp_size)
+    longest = longest_batches(config, rows, loader, accumulates=accumulates)
     return Job(config, runtime, module, optimizer, trainer, loader, loggers, store, checkpointer, longest)
 
 

@@ -20,14 +20,14 @@ from sft_job.data.packing import PackSettings, pack_settings, plan_batch
 _TRIED = 64
 
 
-def longest_batches(config: JobConfig, rows: Rows, loader: BatchLoader, dp_size: int) -> list[PackedBatch]:
+def longest_batches(config: JobConfig, rows: Rows, loader: BatchLoader, *, accumulates: bool) -> list[PackedBatch]:
     """The largest micro-batch of the run, twice where gradients accumulate; none without a rehearsal."""
     if not config.trainer.rehearsal:
         return []
     settings, size = pack_settings(config), config.data.train_batch_size
     lengths = rows.lengths[np.arange(rows.num_rows)]
     batch = loader.pack(heaviest_rows(lengths, settings, size))
-    return [batch] * (1 + step_accumulates(config, rows, dp_size))
+    return [batch] * (1 + accumulates)
 
 
 def step_accumulates(config: JobConfig, rows: Rows, dp_size: int) -> bool:

@@ -95,7 +95,6 @@ def scatter_sequence(out: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Trade tokens for heads: attention output [1, T, H/u, D] -> [1, T/u, H, D]."""
     u = group.size()
     _, t, h, d = out.shape
-    received = all_to_all(
-        out.reshape(u, t // u, h, d), group.group_name
-    )  # [u, T/u, H/u, D]: row i holds rank i's heads
+    parts = out.reshape(u, t // u, h, d)  # row i: rank i's tokens of this rank's heads
+    received = all_to_all(parts, group.group_name)  # [u, T/u, H/u, D]: row i holds rank i's heads
     return received.transpose(0, 1).reshape(1, t // u, u * h, d)
