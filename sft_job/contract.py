@@ -54,7 +54,7 @@ class Env:
     JOB_ID = "SFT_JOB_ID"
     """Set by launchers: the job's id there, the same when it is queued again."""
     END_TIME = "SFT_JOB_END_TIME"
-    """Set by launchers: Unix time at which the scheduler will end the job."""
+    """Set by launchers: Unix time at which the job will be ended: the scheduler's, or a little before."""
     COMMIT = "SFT_JOB_COMMIT"
     """Set in the image: the commit it was built from, shown by ``--version``."""
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from sft_job.contract import RunFolder
+from sft_job.processes import state
 from sft_job.submissions import read_requeue
 from slurm.allocation import Allocation
 from slurm.ends import Ends, Peers
@@ -49,7 +50,7 @@ def test_the_contract_s_variables(tmp_path: Path) -> None:
         "MASTER_ADDR": "n3",
         "MASTER_PORT": str(10_000 + 12 * 7 + 1),
         "SFT_JOB_ID": "12",
-        "SFT_JOB_END_TIME": "2000000000.0",
+        "SFT_JOB_END_TIME": "1999999990.0",
     }
 
 
@@ -199,9 +200,9 @@ def test_slurm_s_warning(start: Start, tmp_path: Path, left: str, preempted: str
 
 
 def test_of_a_time_limit_the_clock_takes_care(start: Start, tmp_path: Path) -> None:
-    """Slurm warns up to a minute early; the grace is five seconds here."""
+    """Slurm warns up to a minute early; the grace is five seconds here, and 15 are kept to leave."""
     began = time.monotonic()
-    task = start(saves(tmp_path), left="8")
+    task = start(saves(tmp_path), left="23")
     task.ready()
     task.process.send_signal(WARNING)
     code, said = task.end()
@@ -210,6 +211,22 @@ def test_of_a_time_limit_the_clock_takes_care(start: Start, tmp_path: Path) -> N
     assert "the time limit is near: the job saves and leaves" in said
     assert "Slurm warns" not in said
     assert [each.cause for each in read_restarts(tmp_path / "12_restarts.json")] == ["timeout"]
+
+
+def test_a_job_that_hears_nothing_is_killed_before_slurm_ends_the_task(start: Start, tmp_path: Path) -> None:
+    """With all that it started: ranks have sessions of their own."""
+    began = time.monotonic()
+    ranks = f"setsid sleep 300 & echo $! > {tmp_path}/rank; touch {tmp_path}/ready"
+    task = start(f"trap '' TERM INT HUP USR1 USR2; {ranks}; while :; do sleep 1; done", left="13", nodes=2)
+    task.ready()
+    code, said = task.end()
+    assert (code, task.requeues()) == (137, 1)
+    assert time.monotonic() - began < 11
+    assert "the job saves and leaves" in said
+    assert "has not left: it is killed" in said
+    assert [each.cause for each in read_restarts(tmp_path / "12_restarts.json")] == ["loss"]
+    rank = int((tmp_path / "rank").read_text())
+    assert state(rank) in ("", "Z")
 
 
 def test_the_newest_checkpoint_and_the_requeue_are_noted(start: Start, tmp_path: Path) -> None:
