@@ -96,9 +96,11 @@ def _time(job: JobFile, plan: Plan) -> str | None:
 def _more(job: JobFile, slurm: SlurmSettings, plan: Plan) -> dict[str, Any]:
     """Options for which submitit has no parameter, or one that is not fine enough."""
     time = _time(job, plan)
+    # A preflight alone has nothing to save; without an option of our own submitit would ask for its signal.
+    early = 1 if plan.preflight == ONLY_PREFLIGHT else job.grace_seconds + LEAVE_SECONDS
     return {
         # Also where SUBMITIT_PREEMPT_SIGNAL is set: the text depends on the job file alone.
-        "signal": f"{WARNING.name.removeprefix('SIG')}@{job.grace_seconds + LEAVE_SECONDS}",
+        "signal": f"{WARNING.name.removeprefix('SIG')}@{early}",
         **({} if time is None else {"time": time}),
         "no-requeue" if plan.preflight == ONLY_PREFLIGHT else "requeue": True,
         **{name: True if value == "true" else value for name, value in slurm.sbatch.items()},

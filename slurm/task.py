@@ -177,9 +177,10 @@ class Node:
         """Ask the job to save when its time is nearly over, or when Slurm warns of something else.
 
         Node 0 alone does: its ranks tell the others'. Slurm's warning of the time limit is early, and comes at the
-        start of a job whose whole time is short; the clock is exact.
+        start of a job whose whole time is short; the clock is exact. A preflight alone has nothing to save, and a time
+        that the job's grace may fill.
         """
-        if self._here.node != 0:
+        if self._here.node != 0 or self._plan.preflight == ONLY_PREFLIGHT:
             return
         end, grace = self._here.end_time, self._plan.grace_seconds + LEAVE_SECONDS
         if end is not None and self._clock() >= end - grace and not self._listener.asked.any:

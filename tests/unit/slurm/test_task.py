@@ -297,6 +297,19 @@ def test_preflight_alone_never_trains_and_is_never_queued_again(start: Start, tm
     assert "preflight failed" in said
 
 
+def test_a_preflight_alone_has_a_time_that_the_grace_may_fill(start: Start, tmp_path: Path) -> None:
+    """It has nothing to save: neither the clock nor a warning stops it."""
+    task = start(
+        f"touch {tmp_path}/ready; sleep 1.5", preflight=ONLY_PREFLIGHT, left="15", preempted="2027-01-01T00:00:00"
+    )
+    task.ready()
+    task.process.send_signal(WARNING)
+    code, said = task.end()
+    assert (code, task.requeues()) == (0, 0)
+    assert "preflight passed" in said
+    assert "saves and leaves" not in said
+
+
 def test_another_node_s_stop_is_this_one_s(start: Start, tmp_path: Path) -> None:
     task = start(saves(tmp_path), nodes=2)
     task.ready()
