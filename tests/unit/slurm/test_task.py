@@ -355,6 +355,17 @@ def test_peers_that_failed_are_given_time_to_be_noticed(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_node_that_hangs_after_the_run_is_done_is_ended(tmp_path: Path) -> None:
+    ends = Ends(tmp_path, "12", 0)
+    peers = Peers(ends, 1)
+    ends.put(2, 0)
+    assert [peers.wish(at, 10) for at in (0.0, 100.0)] == [None, None]  # not yet: node 0 says when
+    ends.put(0, 0)
+    assert [peers.wish(at, 10) for at in (110.0, 150.0, 155.0, 170.0, 185.0)] == [
+        None, None, signal.SIGUSR2, None, signal.SIGKILL,
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("job_id", ["1", "9999999", "12_3"])
 def test_ports_are_below_those_of_the_kernel(job_id: str) -> None:
     ports = {Allocation(job_id, start, 0, ("n1",), None).port for start in range(50)}
