@@ -104,6 +104,7 @@ def plan_text(job: JobFile, plan: Plan) -> str:
         f"run folder: {plan.checkpoint_dir}/sft",
         f"log of node 0: {log_path(plan, 'JOBID')}",
         f"queued again after: {limits}",
+        f"without a new checkpoint: {'no limit' if plan.fruitless is None else f'{plan.fruitless} starts in a row'}",
     ]
     return "\n".join(lines) + "\n"
 

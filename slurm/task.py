@@ -217,6 +217,7 @@ class Node:
             step=self._step(),
             restarts=self._restarts(),
             retries=self._plan.retries,
+            fruitless=self._plan.fruitless,
         )
 
     def _preempted(self) -> bool:
