@@ -55,6 +55,8 @@ class Env:
     """Set by launchers: the job's id there, the same when it is queued again."""
     END_TIME = "SFT_JOB_END_TIME"
     """Set by launchers: Unix time at which the job will be ended: the scheduler's, or a little before."""
+    GPUS_PER_NODE = "SFT_JOB_GPUS_PER_NODE"
+    """Set by launchers that asked for GPUs: how many on each node; with fewer nothing is trained."""
     COMMIT = "SFT_JOB_COMMIT"
     """Set in the image: the commit it was built from, shown by ``--version``."""
 

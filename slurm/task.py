@@ -284,6 +284,8 @@ def job_variables(plan: Plan, here: Allocation, environ: Mapping[str, str]) -> d
         Env.NODE_RANK: str(here.node),
         Env.JOB_ID: here.job_id,
     }
+    if plan.gpus_per_node:
+        variables[Env.GPUS_PER_NODE] = str(plan.gpus_per_node)
     if here.nodes > 1:
         variables[Env.MASTER_ADDR] = here.hosts[0]
         variables[Env.MASTER_PORT] = str(plan.master_port or here.port)

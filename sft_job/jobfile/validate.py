@@ -30,6 +30,7 @@ _OURS = (
     Env.MASTER_PORT,
     Env.JOB_ID,
     Env.END_TIME,
+    Env.GPUS_PER_NODE,
     "RANK",
     "LOCAL_RANK",
     "WORLD_SIZE",

@@ -34,7 +34,7 @@ def plan(tmp_path: Path, **more: object) -> Plan:
 
 def test_the_contract_s_variables(tmp_path: Path) -> None:
     stale = {"PET_NNODES": "7", "RANK": "3", "CHECKPOINT_DIR": "/other", "MASTER_PORT": "1", "PATH": "/bin", "X": "1"}
-    given = plan(tmp_path, ranks_per_node=8, interface="ib0", environment={"X": "2"})
+    given = plan(tmp_path, ranks_per_node=8, gpus_per_node=8, interface="ib0", environment={"X": "2"})
     found = job_variables(given, HERE, stale)
     assert found == {
         "PATH": "/bin",
@@ -50,6 +50,7 @@ def test_the_contract_s_variables(tmp_path: Path) -> None:
         "MASTER_ADDR": "n3",
         "MASTER_PORT": str(10_000 + 12 * 7 + 1),
         "SFT_JOB_ID": "12",
+        "SFT_JOB_GPUS_PER_NODE": "8",
         "SFT_JOB_END_TIME": "1999999990.0",
     }
 
