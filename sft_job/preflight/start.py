@@ -23,7 +23,9 @@ from sft_job.runtime import Runtime
 
 
 def compare_nodes(config: JobConfig, runtime: Runtime, environ: Mapping[str, str]) -> None:
-    """Look at the GPUs and compare the nodes of a run before it loads weights, unless ``trainer.preflight`` is off (a collective call).
+    """Count the GPUs and compare the nodes of a run before it loads weights (a collective call).
+
+    Nothing is done where ``trainer.preflight`` is off.
 
     Rank 0 shows what is allowed but perhaps not meant.
 
