@@ -120,6 +120,11 @@ class RunFolder:
         return self.logs / "requeued.json"
 
     @property
+    def launched(self) -> Path:
+        """What a launcher made of the newest end that it saw, and how often it queued the job again after what."""
+        return self.logs / "launcher.json"
+
+    @property
     def starts(self) -> Path:
         """Starts in a row that came no further; what the breaker counts."""
         return self.logs / "starts.json"

@@ -197,18 +197,20 @@ def with_unseen(restarts: tuple[Restart, ...], start: int) -> tuple[Restart, ...
     return tuple(known.get(each, Restart(each, Cause.SCHEDULER, None)) for each in range(start))
 
 
+def counts_of(restarts: tuple[Restart, ...]) -> dict[str, int]:
+    """Cause -> how often, each counted by itself."""
+    return dict(Counter(str(restart.cause) for restart in restarts))
+
+
 def write_restarts(path: Path, restarts: tuple[Restart, ...]) -> None:
     """Write them down, all or nothing.
 
     Raises:
         OSError: they cannot be written.
     """
-    counts: dict[str, int] = {}
-    for restart in restarts:
-        counts[restart.cause] = counts.get(restart.cause, 0) + 1
     temporary = path.with_name(f".{path.name}.new")
     with temporary.open("w", encoding="utf-8") as file:
-        json.dump({"counts": counts, "restarts": [asdict(each) for each in restarts]}, file, indent=1)
+        json.dump({"counts": counts_of(restarts), "restarts": [asdict(each) for each in restarts]}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -19,7 +19,7 @@ from sft_job.contract import DEFAULT_CONFIG_NAME, STOP_SIGNALS, Env, ExitCode, R
 from sft_job.jobfile.validate import OURS
 from sft_job.processes import kill_tree
 from sft_job.streams import say
-from sft_job.submissions import note_requeue
+from sft_job.submissions import note_judgement, note_requeue
 from slurm.allocation import Allocation, read_allocation
 from slurm.containers import Setting, job_command, job_environ, removal_command
 from slurm.controller import job_state, queue_again
@@ -30,6 +30,7 @@ from slurm.requeue import (
     Restart,
     Verdict,
     code_of,
+    counts_of,
     joint_code,
     judge,
     read_restarts,
@@ -107,6 +108,9 @@ class Node:
             self._tell(verdict.why)
             if verdict.cause is not None:
                 self._queue_again(verdict)
+            # A job that was refused because another one holds the run folder has nothing to say there.
+            elif self._plan.preflight != ONLY_PREFLIGHT and verdict.code != ExitCode.CANNOT_CREATE:
+                self._note(verdict.why, self._restarts())
         return verdict.code
 
     def _run_verbs(self) -> int:
@@ -240,11 +244,18 @@ class Node:
     def _queue_again(self, verdict: Verdict) -> None:
         """Write down why, and queue the job again."""
         before = self._restarts()
-        self._write((*before, Restart(self._here.start, str(verdict.cause), verdict.code, self._step())))
+        after = (*before, Restart(self._here.start, str(verdict.cause), verdict.code, self._step()))
+        self._write(after)
+        self._note(verdict.why, after)
         if queue_again(self._here.job_id, self._here.start, self._tell):
             note_requeue(self._run, "slurm", self._here.job_id)
         else:
             self._write(before)
+            self._note(f"{verdict.why}; but it was not (see the log of node 0)", before)
+
+    def _note(self, why: str, restarts: tuple[Restart, ...]) -> None:
+        """For who looks at the run folder: here nobody knows Slurm."""
+        note_judgement(self._run, "slurm", self._here.job_id, self._here.start, why, counts_of(restarts))
 
     def _write(self, restarts: tuple[Restart, ...]) -> None:
         try:

@@ -16,7 +16,7 @@ import pytest
 
 from sft_job.contract import RunFolder
 from sft_job.processes import state
-from sft_job.submissions import read_requeue
+from sft_job.submissions import read_judgement, read_requeue
 from slurm.allocation import Allocation
 from slurm.ends import Ends, Peers
 from slurm.listener import WARNING
@@ -242,6 +242,26 @@ def test_the_newest_checkpoint_and_the_requeue_are_noted(start: Start, tmp_path:
     waits = read_requeue(RunFolder(tmp_path / "sft"))
     assert waits is not None
     assert (waits.launcher, waits.job) == ("slurm", "12")
+    said = read_judgement(RunFolder(tmp_path / "sft"))
+    assert said is not None
+    assert (str(said), said.why, said.counts) == (
+        "slurm job 12, start 0", "preemption number 1: queued again", {"preemption": 1},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("job", "why"),
+    [
+        ("exit 2", "exit code 2 would be the same the next time: not queued again"),
+        ("exit 137", "loss number 1: queued again; but it was not (see the log of node 0)"),
+    ],
+)
+def test_why_it_is_not_queued_again_is_noted_for_status(start: Start, tmp_path: Path, job: str, why: str) -> None:
+    (tmp_path / "sft" / "logs").mkdir(parents=True)
+    start(job, state="CANCELLED").end()
+    said = read_judgement(RunFolder(tmp_path / "sft"))
+    assert said is not None
+    assert (said.why, said.counts) == (why, {})
 
 
 def test_scancel_is_passed_on_and_queues_nothing(start: Start, tmp_path: Path) -> None:
