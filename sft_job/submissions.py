@@ -214,10 +214,9 @@ def read_judgement(run: RunFolder) -> Judgement | None:
     """What a launcher said last; None where none did, or it cannot be read."""
     try:
         note = json.loads(run.launched.read_text(encoding="utf-8"))
-        counts = {str(cause): int(number) for cause, number in note.pop("counts").items()}
-        return Judgement(
-            **{name: str(value) for name, value in note.items()} | {"start": int(note["start"])}, counts=counts
-        )
+        counts = {str(cause): int(number) for cause, number in note["counts"].items()}
+        words = {name: str(note[name]) for name in ("launcher", "job", "why", "at")}
+        return Judgement(start=int(note["start"]), counts=counts, **words)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
