@@ -40,6 +40,7 @@ class Plan:
         container_args: more options of the container runtime.
         grace_seconds: from the wish to stop to the end.
         retries: how often to queue again after each kind of end; None = as often as it takes.
+        fruitless: ends in a row that may leave the same checkpoint; None = any number.
         preflight: one of ``NO_PREFLIGHT``, ``FIRST_PREFLIGHT``, ``ONLY_PREFLIGHT``.
     """
 
@@ -62,6 +63,7 @@ class Plan:
     container_args: list[str] = field(default_factory=list[str])
     grace_seconds: int = 120
     retries: dict[str, int | None] = field(default_factory=dict[str, "int | None"])
+    fruitless: int | None = None
     preflight: str = NO_PREFLIGHT
 
     def values(self) -> dict[str, Any]:
@@ -109,6 +111,7 @@ def make_plan(job: JobFile, slurm: SlurmSettings, cwd: Path, python: str, prefli
             "preemption": job.retries.preemptions,
             "loss": job.retries.losses,
         },
+        fruitless=job.retries.without_checkpoint,
         preflight=preflight or (FIRST_PREFLIGHT if job.preflight else NO_PREFLIGHT),
     )
 

@@ -18,10 +18,8 @@ from sft_job.jobfile.schema import JobFile
 from sft_job.jobfile.validate import seconds_of
 from slurm.listener import WARNING
 from slurm.plan import ONLY_PREFLIGHT, Plan
-from slurm.settings import SlurmSettings
+from slurm.settings import LEAVE_SECONDS, SlurmSettings
 
-_LEAVE_SECONDS = 15
-"""Between the end of the job's own grace and that of Slurm: to agree between the nodes and to queue again."""
 _PREFLIGHT_TIME = "10"
 # Python is deaf for a second while it starts, and one of these in that second would end it: what is ignored stays so
 # until the task listens.
@@ -98,9 +96,11 @@ def _time(job: JobFile, plan: Plan) -> str | None:
 def _more(job: JobFile, slurm: SlurmSettings, plan: Plan) -> dict[str, Any]:
     """Options for which submitit has no parameter, or one that is not fine enough."""
     time = _time(job, plan)
+    # A preflight alone has nothing to save; without an option of our own submitit would ask for its signal.
+    early = 1 if plan.preflight == ONLY_PREFLIGHT else job.grace_seconds + LEAVE_SECONDS
     return {
         # Also where SUBMITIT_PREEMPT_SIGNAL is set: the text depends on the job file alone.
-        "signal": f"{WARNING.name.removeprefix('SIG')}@{job.grace_seconds + _LEAVE_SECONDS}",
+        "signal": f"{WARNING.name.removeprefix('SIG')}@{early}",
         **({} if time is None else {"time": time}),
         "no-requeue" if plan.preflight == ONLY_PREFLIGHT else "requeue": True,
         **{name: True if value == "true" else value for name, value in slurm.sbatch.items()},

@@ -7,10 +7,14 @@ from dataclasses import dataclass, field
 
 from sft_job.errors import Problem
 from sft_job.jobfile.schema import JobFile
-from sft_job.jobfile.validate import Checks, text_problems
+from sft_job.jobfile.validate import Checks, seconds_of, text_problems
 
 RUNTIMES = ("none", "pyxis", "apptainer", "docker", "podman")
 """What starts the job on a node."""
+LEAVE_SECONDS = 15
+"""Between the end of the job's own grace and that of Slurm: to agree between the nodes and to queue again."""
+KILL_SECONDS = 10
+"""So long before Slurm's end a job that has not left is killed: Slurm would end us with it, and queue nothing again."""
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/+:@,=*-]*")
 _OPTION = re.compile(r"[a-z][a-z0-9-]*")
 _MODULE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/+-]*")
@@ -133,6 +137,13 @@ def check_slurm(job: JobFile, slurm: SlurmSettings) -> list[Problem]:
     port = slurm.master_port
     check(port is None or 1024 <= port <= 65535, "slurm.master_port", "must be from 1024 to 65535", value=port)
     check("%" not in (slurm.folder or ""), "slurm.folder", "must hold no %", value=slurm.folder)
+    seconds = seconds_of(job.resources.time or "")
+    rule = (
+        f"is not longer than grace_seconds and {LEAVE_SECONDS} s to leave: every start would end before its first step"
+    )
+    fix = "a longer time, or smaller grace_seconds"
+    short = seconds is not None and job.grace_seconds <= seconds <= job.grace_seconds + LEAVE_SECONDS
+    check(not short, "resources.time", rule, fix, job.resources.time)
     _check_gpus(job, slurm, check)
     _check_container(job, slurm, check)
     return problems

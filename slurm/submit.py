@@ -69,7 +69,11 @@ def submit_job(
     show(f"submitted job {job_id} ({job.name}): {job.resources.nodes} node(s), {job.ranks_per_node} rank(s) on each")
     show(f"log: {log}")
     if preflight:
-        return wait_for_preflight(plan, job_id, job.resources.nodes, show)
+        try:
+            return wait_for_preflight(plan, job_id, job.resources.nodes, show)
+        except KeyboardInterrupt:
+            show(_cancel(job_id))
+            return ExitCode.STOPPED
     run = RunFolder(Path(plan.checkpoint_dir) / "sft")
     show(f"run folder: {run.root}")
     try:
@@ -104,6 +108,7 @@ def plan_text(job: JobFile, plan: Plan) -> str:
         f"run folder: {plan.checkpoint_dir}/sft",
         f"log of node 0: {log_path(plan, 'JOBID')}",
         f"queued again after: {limits}",
+        f"without a new checkpoint: {'no limit' if plan.fruitless is None else f'{plan.fruitless} starts in a row'}",
     ]
     return "\n".join(lines) + "\n"
 
@@ -161,16 +166,33 @@ def wait_for_preflight(plan: Plan, job_id: str, nodes: int, show: Show) -> int:
                 show(whole.decode("utf-8", errors="replace").rstrip("\n"))
         if len(found) == nodes:
             return joint_code(found)
-        if gone_at is None and not _is_queued(job_id):
+        if _is_queued(job_id):
+            gone_at = None
+        elif gone_at is None:
             gone_at = time.monotonic()
         if gone_at is not None and time.monotonic() - gone_at > _GONE_SECONDS:
             raise JobError(ExitCode.LOST, f"job {job_id} ended without a word from every node\n    log: {log}")
 
 
 def _is_queued(job_id: str) -> bool:
+    """Whether the job may still come to its end; a controller that does not answer says nothing of it."""
     command = ["squeue", "--noheader", f"--jobs={job_id}", "--states=PENDING,CONFIGURING,RUNNING,COMPLETING,SUSPENDED"]
     try:
         asked = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return True
-    return asked.returncode == 0 and bool(asked.stdout.strip())
+    if asked.returncode != 0:
+        return "Invalid job id" not in asked.stderr
+    return bool(asked.stdout.strip())
+
+
+def _cancel(job_id: str) -> str:
+    """Cancel the job; a line for the user."""
+    try:
+        done = subprocess.run(["scancel", job_id], capture_output=True, text=True, timeout=60, check=False)
+        said = done.stderr.strip() if done.returncode else ""
+    except (OSError, subprocess.TimeoutExpired) as error:
+        said = str(error)
+    return (
+        f"job {job_id} is not cancelled ({said})\n    fix: scancel {job_id}" if said else f"job {job_id} is cancelled"
+    )

@@ -30,6 +30,7 @@ _OURS = (
     Env.MASTER_PORT,
     Env.JOB_ID,
     Env.END_TIME,
+    Env.GPUS_PER_NODE,
     "RANK",
     "LOCAL_RANK",
     "WORLD_SIZE",
@@ -76,6 +77,7 @@ def validate(job: JobFile) -> list[Problem]:
     check.at_least(1, "grace_seconds", job.grace_seconds)
     for name in ("timeouts", "preemptions", "losses"):
         check.at_least(0, f"retries.{name}", getattr(job.retries, name))
+    check.at_least(1, "retries.without_checkpoint", job.retries.without_checkpoint)
     if numbers.time is not None and seconds_of(numbers.time) is None:
         check(False, "resources.time", "must be minutes, HH:MM:SS or DAYS-HH:MM:SS", "24:00:00", numbers.time)
     elif numbers.time is not None and (seconds_of(numbers.time) or 0) < job.grace_seconds:

@@ -57,6 +57,7 @@ def test_a_good_one() -> None:
         ({"resources": Resources(time="1"), "grace_seconds": 90}, "resources.time"),
         ({"grace_seconds": 0}, "grace_seconds"),
         ({"retries": Retries(losses=-1)}, "retries.losses"),
+        ({"retries": Retries(without_checkpoint=0)}, "retries.without_checkpoint"),
     ],
 )
 def test_what_is_refused(more: dict[str, Any], subject: str) -> None:

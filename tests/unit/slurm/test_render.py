@@ -93,8 +93,9 @@ def test_any_option_of_sbatch(tmp_path: Path) -> None:
 
 
 def test_a_preflight_job_is_short_and_ends_once() -> None:
-    found = text(preflight=ONLY_PREFLIGHT)
+    found = text("grace_seconds=900", preflight=ONLY_PREFLIGHT)
     assert "#SBATCH --time=10\n" in found
+    assert "#SBATCH --signal=URG@1\n" in found  # the grace is that of training
     assert "#SBATCH --no-requeue\n" in found
     assert "#SBATCH --requeue\n" not in found
     assert "sft_job.cli preflight /home/me/sft_trainer.yaml\n" in found

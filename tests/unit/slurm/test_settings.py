@@ -29,6 +29,11 @@ def test_good_ones(slurm: dict[str, Any]) -> None:
     assert subjects(slurm) == []
 
 
+@pytest.mark.parametrize(("time", "found"), [("3", []), ("2:15", ["resources.time"]), ("2:16", []), (None, [])])
+def test_a_time_that_holds_the_grace_and_more(time: str | None, found: list[str]) -> None:
+    assert subjects({}, grace_seconds=120, resources=Resources(time=time)) == found
+
+
 @pytest.mark.parametrize(
     ("slurm", "subject"),
     [

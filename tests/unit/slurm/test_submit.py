@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sft_job.errors import JobError
 from sft_job.submissions import find
+from slurm import submit as room
+from slurm.plan import Plan
 
 CANARY = "c0ffee" * 6
 
@@ -144,3 +147,53 @@ def test_a_preflight_is_waited_for(login, tmp_path: Path, ends: str, code: int) 
     done = login("--preflight", sbatch=f"{job}; echo Submitted batch job 77")
     assert (done.returncode, "a table" in done.stdout) == (code, True)
     assert "run folder" not in done.stdout
+
+
+@pytest.fixture
+def preflight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A preflight job that was submitted, and a squeue whose answers are lines of shell, the last one for ever."""
+    plan = Plan(folder=str(tmp_path), config="c", checkpoint_dir=str(tmp_path), python="python")
+    asked = tmp_path / "asked"
+    monkeypatch.setattr(room, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(room, "_GONE_SECONDS", 0.05)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+    def wait(*answers: str) -> tuple[int, int]:
+        cases = "".join(f"{at}) {answer};; " for at, answer in enumerate(answers[:-1], 1))
+        text = f"echo x >> {asked}; case $(wc -l < {asked}) in {cases}*) {answers[-1]};; esac"
+        (tmp_path / "squeue").write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / "squeue").chmod(0o755)
+        try:
+            code = room.wait_for_preflight(plan, "77", 1, lambda text: None)
+        except JobError as error:
+            code = int(error.code)
+        return code, len(asked.read_text().split())
+
+    return wait
+
+
+def test_a_preflight_is_waited_for_through_errors_of_squeue(preflight, tmp_path: Path) -> None:
+    """One that says nothing of the job, and an answer without it that is not true a moment later."""
+    ends = f"mkdir -p {tmp_path}/77_ends/0; touch {tmp_path}/77_ends/0/0_65"
+    wrong = "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1"
+    assert (
+        preflight(*[wrong] * 40, "true", "sleep 0.1; echo 77", "sleep 0.1; echo 77", "true", f"{ends}; echo 77")[0]
+        == 65
+    )
+
+
+@pytest.mark.parametrize("said", ["true", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"])
+def test_a_preflight_that_ended_without_a_word(preflight, said: str) -> None:
+    code, asked = preflight("echo 77", said)
+    assert code == 137
+    assert asked > 2
+
+
+def test_ctrl_c_leaves_no_preflight_in_the_queue(login, tmp_path: Path) -> None:
+    tools = tmp_path / "tools"
+    for name, text in (("squeue", "kill -INT $PPID; echo 77"), ("scancel", f"echo $@ > {tmp_path}/cancelled")):
+        (tools / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tools / name).chmod(0o755)
+    done = login("--preflight")
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (143, "job 77 is cancelled")
+    assert (tmp_path / "cancelled").read_text() == "77\n"
