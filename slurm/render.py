@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,17 @@ _STARTER = 'trap "" USR1 USR2; exec "$0" "$@"'
 
 
 class Executor(SlurmExecutor):
-    """submitit's executor, which can show its text, and needs no Slurm where it is only shown."""
+    """submitit's executor, which can show its text, and needs no Slurm where it is only shown.
+
+    Args:
+        folder: of the script and the logs.
+        python: the command that starts Python on the nodes.
+        without: variables of this environment that sbatch, and the job, are not to see.
+    """
+
+    def __init__(self, folder: str, python: str, without: Iterable[str] = ()) -> None:
+        super().__init__(folder, python=python)
+        self._without = tuple(without)
 
     @classmethod
     def affinity(cls) -> int:
@@ -40,10 +51,22 @@ class Executor(SlurmExecutor):
         """The sbatch script."""
         return self._make_submission_file_text(self._submitit_command_str, "")
 
+    def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+        return ["env", *(f"--unset={name}" for name in self._without), "sbatch", str(submission_file_path)]
 
-def make_executor(job: JobFile, slurm: SlurmSettings, plan: Plan) -> Executor:
-    """The executor that renders and submits this job."""
-    executor = Executor(plan.folder, python=shlex.join(["bash", "-c", _STARTER, plan.python, "-P"]))
+
+def left_out(environ: Mapping[str, str]) -> list[str]:
+    """Variables that must not reach sbatch.
+
+    sbatch takes ``SBATCH_*`` before what the script says; ``SLURM_TIME_FORMAT`` would reach the job, which reads the
+    times that scontrol writes.
+    """
+    return sorted(name for name in environ if name.startswith("SBATCH_") or name == "SLURM_TIME_FORMAT")
+
+
+def make_executor(job: JobFile, slurm: SlurmSettings, plan: Plan, without: Iterable[str] = ()) -> Executor:
+    """The executor that renders this job, and submits it without these variables of the environment."""
+    executor = Executor(plan.folder, shlex.join(["bash", "-c", _STARTER, plan.python, "-P"]), without)
     executor.update_parameters(**parameters(job, slurm, plan))
     return executor
 

@@ -23,7 +23,7 @@ from slurm.allocation import Allocation
 from slurm.containers import Setting, job_command, job_environ
 from slurm.ends import Ends
 from slurm.plan import FIRST_PREFLIGHT, NO_PREFLIGHT, ONLY_PREFLIGHT, Plan, make_plan
-from slurm.render import log_path, make_executor, render
+from slurm.render import left_out, log_path, make_executor, render
 from slurm.requeue import joint_code
 from slurm.settings import SlurmSettings, check_slurm
 from slurm.task import job_variables, run_node
@@ -59,12 +59,15 @@ def submit_job(
     raise_problems(_place_problems(loaded, environ))
     job, block = loaded.job, loaded.block
     plan = make_plan(job, block, Path.cwd(), sys.executable, ONLY_PREFLIGHT if preflight else None)
+    without = left_out(environ)
+    if without:
+        show(f"not passed on, because sbatch would take it before what the job file says: {', '.join(without)}")
     if dry_run:
         show(f"# sbatch script\n{render(job, block, plan)}\n{plan_text(job, plan)}")
         return ExitCode.DONE
     if shutil.which("sbatch") is None:
         raise JobError(ExitCode.CONFIG, "sbatch is not on PATH\n    fix: submit on a login node of the Slurm cluster")
-    job_id = _submit(job, block, plan)
+    job_id = _submit(job, block, plan, without)
     log = log_path(plan, job_id)
     show(f"submitted job {job_id} ({job.name}): {job.resources.nodes} node(s), {job.ranks_per_node} rank(s) on each")
     show(f"log: {log}")
@@ -123,7 +126,7 @@ def _place_problems(loaded: LoadedJob[SlurmSettings], environ: Mapping[str, str]
     return [dataclasses.replace(problem, origin=loaded.origin(problem.subject)) for problem in problems]
 
 
-def _submit(job: JobFile, block: SlurmSettings, plan: Plan) -> str:
+def _submit(job: JobFile, block: SlurmSettings, plan: Plan, without: Sequence[str]) -> str:
     folder = Path(plan.folder)
     try:
         Path(plan.checkpoint_dir).mkdir(parents=True, exist_ok=True)
@@ -133,7 +136,7 @@ def _submit(job: JobFile, block: SlurmSettings, plan: Plan) -> str:
             ExitCode.CANNOT_CREATE, f"{folder} cannot be made: {error}\n    fix: another checkpoint_dir or slurm.folder"
         ) from error
     try:
-        return make_executor(job, block, plan).submit(run_node, plan.values()).job_id
+        return make_executor(job, block, plan, without).submit(run_node, plan.values()).job_id
     except FailedJobError as error:
         said = [line for line in str(error).splitlines() if line.startswith("sbatch:")] or str(error).splitlines()[-1:]
         lines = "".join(f"\n    {line}" for line in said)

@@ -137,6 +137,25 @@ def test_a_folder_that_cannot_be_made(login, tmp_path: Path) -> None:
     assert "fix: another checkpoint_dir or slurm.folder" in words(done)
 
 
+def test_what_the_shell_says_to_sbatch_does_not_reach_it(login, tmp_path: Path) -> None:
+    """Slurm takes SBATCH_* before the script; the job's own variables, and where Slurm is, go on."""
+    shell = {
+        "SBATCH_TIMELIMIT": "1",
+        "SBATCH_NO_REQUEUE": "1",
+        "SBATCH_EXPORT": "NONE",
+        "SLURM_TIME_FORMAT": "relative",
+    }
+    sbatch = f"env > {tmp_path}/seen; echo Submitted batch job 77"
+    done = login(sbatch=sbatch, SLURM_CONF="/etc/s", **shell)
+    assert done.returncode == 0, words(done)
+    seen = dict(line.split("=", 1) for line in (tmp_path / "seen").read_text().splitlines() if "=" in line)
+    assert not shell.keys() & seen.keys()
+    assert (seen["SLURM_CONF"], seen["WANDB_API_KEY"]) == ("/etc/s", CANARY)
+    assert done.stdout.splitlines()[0].endswith(
+        ": SBATCH_EXPORT, SBATCH_NO_REQUEUE, SBATCH_TIMELIMIT, SLURM_TIME_FORMAT"
+    )
+
+
 @pytest.mark.parametrize(("ends", "code"), [("0_0", 0), ("0_65", 65)])
 def test_a_preflight_is_waited_for(login, tmp_path: Path, ends: str, code: int) -> None:
     runs = tmp_path / "runs" / "slurm"
