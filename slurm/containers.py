@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,12 +39,22 @@ class Setting:
 
     @property
     def mounts(self) -> list[Mount]:
-        """What the container sees: the run's YAML, the checkpoint folder, and what the job file names."""
-        config = Path(self.plan.config).parent
-        own = [Mount(str(config), str(config)), Mount(self.plan.checkpoint_dir, self.plan.checkpoint_dir, True)]
-        given = [parse_mount(each) for each in self.plan.mounts]
-        targets = {mount.target for mount in given}
-        return [mount for mount in own if mount.target not in targets] + given
+        """What the container sees: the run's YAML, the checkpoint folder, and what the job file names.
+
+        A folder comes before what lies in it, which it would hide otherwise. No place is named twice: engines refuse.
+        """
+        config, checkpoints = Path(self.plan.config).parent, Path(self.plan.checkpoint_dir)
+        own = [Mount(str(checkpoints), str(checkpoints), True)]
+        if not config.is_relative_to(checkpoints):  # read-only on top of it, the job could not write there
+            own.append(Mount(str(config), str(config)))
+        found: dict[str, Mount] = {}
+        for mount in (*own, *map(parse_mount, self.plan.mounts)):
+            source, target = os.path.normpath(mount.source), os.path.normpath(mount.target)
+            before = found.get(target)
+            # The job writes into its folder, whatever a mount of the same folder says.
+            writable = mount.writable or (before is not None and before.writable and before.source == source)
+            found[target] = Mount(source, target, writable)
+        return sorted(found.values(), key=lambda mount: len(Path(mount.target).parts))
 
     @property
     def passed(self) -> list[str]:

@@ -1,0 +1,43 @@
+"""Commands that start the job on a node, in each kind of container."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from slurm.containers import Setting
+from slurm.plan import Plan
+
+
+def setting(environ: dict[str, str] | None = None, **more: Any) -> Setting:
+    given = {"config": "/home/me/sft.yaml", "checkpoint_dir": "/lustre/runs/one", "image": "x.sif", **more}
+    plan = Plan.of({"folder": "/f", "python": "python", "container": "docker", **given})
+    return Setting(plan, environ or {}, "12", 1, "n4", "1:1")
+
+
+@pytest.mark.parametrize(
+    ("more", "mounts"),
+    [
+        (
+            {"mounts": ["/lustre:/lustre:ro", "/data:/data:ro"]},
+            ["/lustre:/lustre:ro", "/data:/data:ro", "/home/me:/home/me:ro", "/lustre/runs/one:/lustre/runs/one:rw"],
+        ),
+        ({"config": "/lustre/runs/one/sft.yaml"}, ["/lustre/runs/one:/lustre/runs/one:rw"]),
+        ({"config": "/lustre/runs/one/sub/sft.yaml"}, ["/lustre/runs/one:/lustre/runs/one:rw"]),
+        (
+            {"config": "/lustre/runs/sft.yaml"},
+            ["/lustre/runs:/lustre/runs:ro", "/lustre/runs/one:/lustre/runs/one:rw"],
+        ),
+        (
+            {"mounts": ["/lustre/runs/one:/lustre/runs/one:ro", "/home/me/:/home/me/:rw"]},
+            ["/home/me:/home/me:rw", "/lustre/runs/one:/lustre/runs/one:rw"],
+        ),
+        (
+            {"mounts": ["/fast:/lustre/runs/one:rw"]},
+            ["/home/me:/home/me:ro", "/fast:/lustre/runs/one:rw"],
+        ),
+    ],
+)
+def test_a_folder_comes_before_what_lies_in_it_and_no_place_twice(more: dict[str, Any], mounts: list[str]) -> None:
+    assert [str(mount) for mount in setting(**more).mounts] == mounts
