@@ -16,6 +16,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from sft_job.contract import Env, ExitCode, RunFolder
 from sft_job.errors import JobError, Problem, raise_problems
 from sft_job.jobfile.load import LoadedJob, load_job
+from sft_job.jobfile.mounts import check_path
 from sft_job.jobfile.schema import JobFile
 from sft_job.jobfile.validate import secret_problems
 from sft_job.submissions import record
@@ -56,9 +57,9 @@ def submit_job(
         JobError: what is wrong with the job file (2), or why it could not be submitted (2, 73).
     """
     loaded = load_job(path, overrides, "slurm", SlurmSettings, check_slurm)
-    raise_problems(_place_problems(loaded, environ))
     job, block = loaded.job, loaded.block
     plan = make_plan(job, block, Path.cwd(), sys.executable, ONLY_PREFLIGHT if preflight else None)
+    raise_problems(_place_problems(loaded, plan, environ))
     without = left_out(environ)
     if without:
         show(f"not passed on, because sbatch would take it before what the job file says: {', '.join(without)}")
@@ -111,7 +112,7 @@ def plan_text(job: JobFile, plan: Plan) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _place_problems(loaded: LoadedJob[SlurmSettings], environ: Mapping[str, str]) -> list[Problem]:
+def _place_problems(loaded: LoadedJob[SlurmSettings], plan: Plan, environ: Mapping[str, str]) -> list[Problem]:
     """What is wrong here and now: files that are not there, secrets that are not set, or stand where they must not."""
     job = loaded.job
     problems = [*secret_problems(job, "", environ), *secret_problems(loaded.block, "slurm", environ)]
@@ -119,11 +120,25 @@ def _place_problems(loaded: LoadedJob[SlurmSettings], environ: Mapping[str, str]
     if not config.is_file():
         rule, fix = "there is no such file", "correct the path; a relative one begins at the folder in which you submit"
         problems.append(Problem(ExitCode.CONFIG, "config", rule, fix, job.config))
+    if plan.container != "none":
+        problems += _mount_problems(plan)
     for at, name in enumerate(job.secrets):
         if not environ.get(name):
             rule, fix = "this variable is not set here", f"export {name}=..., or take it out of the list"
             problems.append(Problem(ExitCode.CONFIG, f"secrets[{at}]", rule, fix, name))
     return [dataclasses.replace(problem, origin=loaded.origin(problem.subject)) for problem in problems]
+
+
+def _mount_problems(plan: Plan) -> list[Problem]:
+    """The container sees these folders under their own names, which mounts must be able to say."""
+    problems: list[Problem] = []
+    for subject, path in (("config", plan.config), ("checkpoint_dir", plan.checkpoint_dir)):
+        try:
+            check_path(path)
+        except ValueError as error:
+            fix = "another path; a relative one begins at the folder in which you submit"
+            problems.append(Problem(ExitCode.CONFIG, subject, f"is mounted into the container: {error}", fix, path))
+    return problems
 
 
 def _submit(job: JobFile, block: SlurmSettings, plan: Plan, without: Sequence[str]) -> str:

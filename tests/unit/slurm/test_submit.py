@@ -118,6 +118,25 @@ def test_everything_that_is_wrong_here(login) -> None:
     assert "command line: secrets[0] = 'NOT_SET_ANYWHERE'\n    this variable is not set here" in said
 
 
+@pytest.mark.parametrize(
+    ("path", "setting"),
+    [
+        ("/lustre/a,/etc:/etc:rw", "checkpoint_dir"),
+        ("/a:b", "checkpoint_dir"),
+        ('/a"b', "checkpoint_dir"),
+        ("here:/etc/sft.yaml", "config"),
+    ],
+)
+def test_a_path_that_would_mount_something_else_is_refused(login, path: str, setting: str) -> None:
+    override = f"{setting}='{path}'"
+    done = login("slurm.container=pyxis", "image=x.sqsh", override, "--dry-run")
+    assert done.returncode == 2
+    assert f"command line: {setting} = " in words(done)
+    assert "is mounted into the container: must be plain absolute paths" in words(done)
+    if setting == "checkpoint_dir":
+        assert login(override, "--dry-run").returncode == 0  # without a container nothing is mounted
+
+
 def test_no_sbatch(login) -> None:
     done = login(sbatch=None, PATH="/nowhere")
     assert (done.returncode, words(done).splitlines()[0]) == (2, "sbatch is not on PATH")
