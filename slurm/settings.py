@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from sft_job.errors import Problem
 from sft_job.jobfile.schema import JobFile
-from sft_job.jobfile.validate import Checks, text_problems
+from sft_job.jobfile.validate import Checks, check_assignments, text_problems
 
 RUNTIMES = ("none", "pyxis", "apptainer", "docker", "podman")
 """What starts the job on a node."""
@@ -117,16 +117,19 @@ def check_slurm(job: JobFile, slurm: SlurmSettings) -> list[Problem]:
         check(plain, f"slurm.{name}", "must be letters, digits and . _ / + : @ , = * -", value=value)
     known = (None, "true", "user", "mcs", "topo")
     check(slurm.exclusive in known, "slurm.exclusive", "must be true, user, mcs or topo", value=slurm.exclusive)
-    for name in slurm.sbatch:
+    for name, value in slurm.sbatch.items():
         _check_option(check, name)
+        check_assignments(check, f"slurm.sbatch.{name}", value)
     for name in ("srun_args", "container_args"):
         for at, each in enumerate(getattr(slurm, name)):
             check(each, f"slurm.{name}[{at}]", "must not be empty")
+            check_assignments(check, f"slurm.{name}[{at}]", each)
     for at, each in enumerate(slurm.modules):
         check(_MODULE.fullmatch(each), f"slurm.modules[{at}]", "must be a module's name", value=each)
     for at, line in enumerate(slurm.setup):
         rule = "sbatch would read it as an option"
         check(not line.lstrip().startswith("#SBATCH"), f"slurm.setup[{at}]", rule, "write it below slurm.sbatch", line)
+        check_assignments(check, f"slurm.setup[{at}]", line)
     interface = slurm.network_interface
     rule = "must be the name of an interface, or a list of names"
     check(interface is None or _INTERFACE.fullmatch(interface), "slurm.network_interface", rule, value=interface)

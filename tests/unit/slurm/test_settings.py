@@ -21,6 +21,13 @@ def subjects(slurm: dict[str, Any], **job: Any) -> list[str]:
         {"dependency": "afterok:1?afterok:2", "nodelist": "n[1-3,7]", "exclude": "gpu[01-04]", "exclusive": "user"},
         {"gres": "gpu:a100:4,nvme:1", "sbatch": {"reservation": "spring", "comment": "$(x) 'q'", "nice": "100"}},
         {"modules": ["cuda/12.8", "nccl/2.27+x"], "setup": ["export A=1", "ulimit -l unlimited"], "master_port": 5000},
+        {
+            "setup": [
+                "export HF_TOKEN=$(cat ~/.token)",
+                'A_KEY="$B_SECRET_VALUE"',
+                "export TOKENIZERS_PARALLELISM=false",
+            ]
+        },
         {"srun_args": ["--mpi=none"], "network_interface": "ib0,ib1"},
         {"network_interface": "^docker0"},
     ],
@@ -51,6 +58,12 @@ def test_good_ones(slurm: dict[str, Any]) -> None:
         ({"setup": ["true", " #SBATCH --nice=1"]}, "slurm.setup[1]"),
         ({"setup": ["a\nb"]}, "slurm.setup[0]"),
         ({"srun_args": ["a\rb"]}, "slurm.srun_args[0]"),
+        ({"setup": ["export WANDB_API_KEY=0123456789abcdef"]}, "slurm.setup[0]"),
+        ({"setup": ["true; HF_TOKEN='0123 4567 89'"]}, "slurm.setup[0]"),
+        ({"sbatch": {"export": "ALL,WANDB_API_KEY=0123456789abcdef"}}, "slurm.sbatch.export"),
+        ({"srun_args": ["--export=ALL,MY_TOKEN=0123456789abcdef"]}, "slurm.srun_args[0]"),
+        ({"container": "docker", "container_args": ["--env=MY_TOKEN=0123456789"]}, "slurm.container_args[0]"),
+        ({"container": "docker", "container_args": ["--env", "MY_TOKEN=0123456789"]}, "slurm.container_args[1]"),
         ({"master_port": 80}, "slurm.master_port"),
         ({"network_interface": "ib0 ib1"}, "slurm.network_interface"),
         ({"folder": "/logs/%j"}, "slurm.folder"),
