@@ -71,7 +71,12 @@ class Setting:
             *self.plan.environment,
         }
         known = [name for name in self.environ if name in named or name.startswith(_PASSED_PREFIXES)]
-        return sorted({*known, *self.plan.secrets} - {*_OF_THE_HOST})
+        return sorted({*known, *self.plan.secrets} - ({*_OF_THE_HOST} - self.kept.keys()))
+
+    @property
+    def kept(self) -> dict[str, str]:
+        """Of the variables that a container does not get from its node: those that the job file sets."""
+        return {name: value for name, value in self.plan.environment.items() if name in _OF_THE_HOST}
 
     @property
     def name(self) -> str:
@@ -89,7 +94,12 @@ def job_environ(setting: Setting) -> dict[str, str]:
     """The environment from which that command starts."""
     if setting.plan.container == "none":
         return dict(setting.environ)
-    return {name: value for name, value in setting.environ.items() if name not in _OF_THE_HOST}
+    plain = {name: value for name, value in setting.environ.items() if name not in _OF_THE_HOST}
+    if setting.plan.container == "pyxis":
+        return plain | setting.kept
+    if setting.plan.container == "apptainer":  # which takes LD_* from no other name, and sets them itself
+        return plain | {f"APPTAINERENV_{name}": value for name, value in setting.kept.items()}
+    return plain
 
 
 def removal_command(setting: Setting) -> list[str] | None:
@@ -160,8 +170,8 @@ def _engine(name: str, setting: Setting, more: Sequence[str]) -> list[str]:
         "--entrypoint=",
         *more,
         *(f"--volume={mount}" for mount in setting.mounts),
-        # By name alone: the value is in no command line.
-        *(f"--env={each}" for each in setting.passed),
+        # By name alone: the value is in no command line; but those would act on the engine's own client.
+        *(f"--env={each}={setting.kept[each]}" if each in setting.kept else f"--env={each}" for each in setting.passed),
         *plan.container_args,
         str(plan.image),
     ]

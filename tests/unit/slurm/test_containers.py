@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from slurm.containers import Setting
+from slurm.containers import Setting, job_command, job_environ
 from slurm.plan import Plan
 
 
@@ -41,3 +41,18 @@ def setting(environ: dict[str, str] | None = None, **more: Any) -> Setting:
 )
 def test_a_folder_comes_before_what_lies_in_it_and_no_place_twice(more: dict[str, Any], mounts: list[str]) -> None:
     assert [str(mount) for mount in setting(**more).mounts] == mounts
+
+
+@pytest.mark.parametrize("container", ["pyxis", "apptainer", "docker", "podman"])
+def test_the_node_s_own_paths_stay_out_and_the_job_file_s_come_in(container: str) -> None:
+    own = {"LD_LIBRARY_PATH": "/opt/mine", "PYTHONPATH": "/code"}
+    # As job_variables makes it: the job file's environment on top of the node's.
+    environ = {"LD_PRELOAD": "/host.so", "VIRTUAL_ENV": "/venv", **own, "NCCL_DEBUG": "INFO"}
+    found = setting(environ, container=container, environment=own)
+    command, started = job_command(found, "train"), job_environ(found)
+    assert not any("LD_PRELOAD" in each or "VIRTUAL_ENV" in each for each in (*command, *started))
+    for name, value in own.items():
+        assert {
+            "pyxis": started.get(name) == value and name in "".join(command).partition("--container-env=")[2],
+            "apptainer": started.get(f"APPTAINERENV_{name}") == value and name not in started,
+        }.get(container, f"--env={name}={value}" in command and name not in started)
