@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from submitit import SlurmExecutor
 
+from sft_job.contract import ExitCode
 from sft_job.jobfile.schema import JobFile
 from sft_job.jobfile.validate import seconds_of
 from slurm.listener import WARNING
@@ -27,6 +28,12 @@ _PREFLIGHT_TIME = "10"
 # Python is deaf for a second while it starts, and one of these in that second would end it: what is ignored stays so
 # until the task listens.
 _STARTER = 'trap "" USR1 USR2; exec "$0" "$@"'
+
+_LOOK = (
+    r'sft_job_look() { [ "$1" -eq 0 ] || { printf "slurm: this line failed with exit code %d: %s\n'
+    r'    fix: correct slurm.modules or slurm.setup in the job file\n" "$1" "$2" >&2; '
+    f"exit {int(ExitCode.CONFIG)}; }}; }}"
+)
 
 
 class Executor(SlurmExecutor):
@@ -102,7 +109,7 @@ def parameters(job: JobFile, slurm: SlurmSettings, plan: Plan) -> dict[str, Any]
         "dependency": slurm.dependency,
         "stderr_to_stdout": True,
         "srun_args": srun,
-        "setup": [f"module load {' '.join(slurm.modules)}"] * bool(slurm.modules) + slurm.setup or None,
+        "setup": _setup([f"module load {' '.join(slurm.modules)}"] * bool(slurm.modules) + slurm.setup),
         "wckey": None,
         "additional_parameters": _more(job, slurm, plan),
     }
@@ -112,6 +119,12 @@ def parameters(job: JobFile, slurm: SlurmSettings, plan: Plan) -> dict[str, Any]
         count = resources.gpus_per_node
         found["gpus_per_node"] = f"{slurm.gpu_type}:{count}" if slurm.gpu_type else count
     return found
+
+
+def _setup(lines: Sequence[str]) -> list[str] | None:
+    """The lines, each followed by a look at its exit code: after one that fails, nothing would be as it should be."""
+    checked = [text for line in lines for text in (line, f'sft_job_look "$?" {shlex.quote(line)}')]
+    return [_LOOK, *checked] if checked else None
 
 
 def _time(job: JobFile, plan: Plan) -> str | None:

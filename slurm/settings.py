@@ -91,7 +91,7 @@ class SlurmSettings:
     modules: list[str] = field(default_factory=list[str])
     """Environment modules to load before."""
     setup: list[str] = field(default_factory=list[str])
-    """Shell lines that the first node runs before; their variables reach every node."""
+    """Shell lines, each a whole command, that the first node runs before; their variables reach every node."""
     network_interface: str | None = None
     """Network interface of the ranks: ``NCCL_SOCKET_IFNAME`` and ``GLOO_SOCKET_IFNAME``."""
     master_port: int | None = None
@@ -129,6 +129,8 @@ def check_slurm(job: JobFile, slurm: SlurmSettings) -> list[Problem]:
     for at, line in enumerate(slurm.setup):
         rule = "sbatch would read it as an option"
         check(not line.lstrip().startswith("#SBATCH"), f"slurm.setup[{at}]", rule, "write it below slurm.sbatch", line)
+        rule = "must be a whole command: its exit code is looked at"
+        check(not line.endswith("\\"), f"slurm.setup[{at}]", rule, "put the lines that belong together into one", line)
         check_assignments(check, f"slurm.setup[{at}]", line)
     interface = slurm.network_interface
     rule = "must be the name of an interface, or a list of names"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +115,24 @@ def test_values_reach_no_shell() -> None:
     assert " '/py thon' -P " in script
 
 
-def parameters_of(**more: Any) -> dict[str, Any]:
+@pytest.mark.parametrize(
+    ("settings", "failed"),
+    [
+        ({"setup": ["# a note", "export X='a b'", "true && test \"$X\" = 'a b'"]}, ""),
+        ({"setup": ["true", "false && true 'x'", "touch later"]}, "exit code 1: false && true 'x'"),
+        ({"setup": ["cd nowhere", "touch later"]}, "exit code 1: cd nowhere"),
+        ({"modules": ["cuda/12.8"], "setup": ["touch later"]}, "exit code 127: module load cuda/12.8"),
+        ({}, ""),
+    ],
+)
+def test_a_set_up_line_that_fails_ends_the_job(tmp_path: Path, settings: dict[str, Any], failed: str) -> None:
     job = JobFile("x", "a.yaml", checkpoint_dir="/c")
-    slurm = SlurmSettings(**more)
-    return room.parameters(job, slurm, make_plan(job, slurm, Path("/"), "python"))
-
-
-def test_set_up_lines() -> None:
-    assert parameters_of(modules=["a", "b/1"], setup=["export X=1"])["setup"] == ["module load a b/1", "export X=1"]
-    assert parameters_of()["setup"] is None
+    slurm = SlurmSettings(**settings)
+    (tmp_path / "script").write_text(render(job, slurm, make_plan(job, slurm, Path("/"), "python")))
+    (tmp_path / "srun").write_text("#!/bin/sh\ntouch started\n")
+    (tmp_path / "srun").chmod(0o755)
+    environ = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    done = subprocess.run(["bash", "script"], cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
+    assert (done.returncode, (tmp_path / "started").exists()) == ((2, False) if failed else (0, True))
+    assert f"slurm: this line failed with {failed}\n" in done.stderr or not failed
+    assert not (tmp_path / "later").exists()

@@ -56,6 +56,7 @@ def test_good_ones(slurm: dict[str, Any]) -> None:
         ({"sbatch": {"wrap": "x"}}, "slurm.sbatch.wrap"),
         ({"modules": ["cuda; rm"]}, "slurm.modules[0]"),
         ({"setup": ["true", " #SBATCH --nice=1"]}, "slurm.setup[1]"),
+        ({"setup": ["export A=1 \\"]}, "slurm.setup[0]"),
         ({"setup": ["a\nb"]}, "slurm.setup[0]"),
         ({"srun_args": ["a\rb"]}, "slurm.srun_args[0]"),
         ({"setup": ["export WANDB_API_KEY=0123456789abcdef"]}, "slurm.setup[0]"),
