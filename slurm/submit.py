@@ -16,7 +16,8 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from sft_job.contract import Env, ExitCode, RunFolder
 from sft_job.errors import JobError, Problem, raise_problems
 from sft_job.jobfile.load import LoadedJob, load_job
-from sft_job.jobfile.mounts import check_path
+from sft_job.jobfile.mounts import Mount, check_path
+from sft_job.jobfile.run import Copy, copy_for, look_at_run
 from sft_job.jobfile.schema import JobFile
 from sft_job.jobfile.validate import secret_problems
 from sft_job.submissions import record
@@ -59,7 +60,7 @@ def submit_job(
     loaded = load_job(path, overrides, "slurm", SlurmSettings, check_slurm)
     job, block = loaded.job, loaded.block
     plan = make_plan(job, block, Path.cwd(), sys.executable, ONLY_PREFLIGHT if preflight else None)
-    raise_problems(_place_problems(loaded, plan, environ))
+    plan, copy = _with_run(loaded, plan, environ, show)
     without = left_out(environ)
     if without:
         show(f"not passed on, because sbatch would take it before what the job file says: {', '.join(without)}")
@@ -68,7 +69,7 @@ def submit_job(
         return ExitCode.DONE
     if shutil.which("sbatch") is None:
         raise JobError(ExitCode.CONFIG, "sbatch is not on PATH\n    fix: submit on a login node of the Slurm cluster")
-    job_id = _submit(job, block, plan, without)
+    job_id = _submit(job, block, plan, copy, without)
     log = log_path(plan, job_id)
     show(f"submitted job {job_id} ({job.name}): {job.resources.nodes} node(s), {job.ranks_per_node} rank(s) on each")
     show(f"log: {log}")
@@ -89,9 +90,7 @@ def submit_job(
 
 def plan_text(job: JobFile, plan: Plan) -> str:
     """What happens on each node, for people."""
-    hosts = tuple(f"NODE{node}" for node in range(job.resources.nodes))
-    here = Allocation("JOBID", 0, 0, hosts, None)
-    variables = job_variables(dataclasses.replace(plan, master_port=plan.master_port or 1), here, {})
+    variables = _variables(job, plan, {})
     if plan.master_port is None and Env.MASTER_PORT in variables:
         variables[Env.MASTER_PORT] = "(from the job's id)"
     setting = Setting(plan, variables, "JOBID", 0, "NODE0", "UID:GID")
@@ -110,6 +109,42 @@ def plan_text(job: JobFile, plan: Plan) -> str:
         f"queued again after: {limits}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _variables(job: JobFile, plan: Plan, environ: Mapping[str, str]) -> dict[str, str]:
+    """What the job will see on node 0, as far as that is known before there are nodes."""
+    hosts = tuple(f"NODE{node}" for node in range(job.resources.nodes))
+    here = Allocation("JOBID", 0, 0, hosts, None)
+    return job_variables(dataclasses.replace(plan, master_port=plan.master_port or 1), here, environ)
+
+
+def _with_run(
+    loaded: LoadedJob[SlurmSettings], plan: Plan, environ: Mapping[str, str], show: Show
+) -> tuple[Plan, Copy]:
+    """Look at everything that can be looked at here; the plan with a copy of the run's config in place of the file.
+
+    Raises:
+        ProblemsError: what is wrong.
+    """
+    config = Path(plan.config)
+    problems = _place_problems(loaded, plan, environ)
+    if config.is_file():
+        at = loaded.origin("overrides")
+        variables = _variables(loaded.job, plan, environ)
+        found, here = look_at_run(config, plan.overrides, variables, plan.gpus_per_node, at)
+        problems += found
+        for each in here:
+            show(f"only the nodes can tell: {each.origin}: {each.subject}: {each.rule}")
+    raise_problems(problems)
+    try:
+        copy = copy_for(config, Path(plan.folder))
+    except OSError as error:
+        raise JobError(ExitCode.CONFIG, f"{config} cannot be read: {error.strerror or error}") from error
+    mounts = list(plan.mounts)
+    if plan.container != "none" and not config.is_relative_to(plan.checkpoint_dir):
+        # What else lies in its folder, such as a chat template, the container sees as before.
+        mounts.insert(0, str(Mount(str(config.parent), str(config.parent))))
+    return dataclasses.replace(plan, config=str(copy.path), mounts=mounts), copy
 
 
 def _place_problems(loaded: LoadedJob[SlurmSettings], plan: Plan, environ: Mapping[str, str]) -> list[Problem]:
@@ -132,7 +167,11 @@ def _place_problems(loaded: LoadedJob[SlurmSettings], plan: Plan, environ: Mappi
 def _mount_problems(plan: Plan) -> list[Problem]:
     """The container sees these folders under their own names, which mounts must be able to say."""
     problems: list[Problem] = []
-    for subject, path in (("config", plan.config), ("checkpoint_dir", plan.checkpoint_dir)):
+    for subject, path in (
+        ("config", plan.config),
+        ("checkpoint_dir", plan.checkpoint_dir),
+        ("slurm.folder", plan.folder),
+    ):
         try:
             check_path(path)
         except ValueError as error:
@@ -141,11 +180,12 @@ def _mount_problems(plan: Plan) -> list[Problem]:
     return problems
 
 
-def _submit(job: JobFile, block: SlurmSettings, plan: Plan, without: Sequence[str]) -> str:
+def _submit(job: JobFile, block: SlurmSettings, plan: Plan, copy: Copy, without: Sequence[str]) -> str:
     folder = Path(plan.folder)
     try:
         Path(plan.checkpoint_dir).mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        copy.write()
     except OSError as error:
         raise JobError(
             ExitCode.CANNOT_CREATE, f"{folder} cannot be made: {error}\n    fix: another checkpoint_dir or slurm.folder"

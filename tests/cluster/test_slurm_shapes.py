@@ -73,15 +73,20 @@ def test_a_second_job_on_the_same_folder_is_refused_and_scancel_saves(slurm_run:
 
 
 def test_a_config_error_ends_the_job_once(slurm_run: Callable[..., SlurmRun]) -> None:
-    run = slurm_run(overrides=["ulysses_sequence_parallel_size=3", "data.prompt_key=not_there"])
+    refused = slurm_run(overrides=["ulysses_sequence_parallel_size=3"])
+    done = subprocess.run(refused.command(), env=refused.environ(), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "ulysses_sequence_parallel_size = 3" in done.stderr
+    # What only the nodes can tell.
+    run = slurm_run("there", overrides=["model.external_lib=not_there", "data.prompt_key=not_there"])
     run.submit()
     assert run.wait_end() == "FAILED"
     assert (run.exit_code(), run.starts()) == (2, 0)
-    assert "ulysses_sequence_parallel_size = 3" in run.log()
+    assert "model.external_lib = 'not_there'" in run.log()
     assert "exit code 2 would be the same the next time: not queued again" in run.log()
     assert "Traceback" not in run.log()
     status = run.status()
-    assert "ulysses_sequence_parallel_size = 3" in status
+    assert "model.external_lib = 'not_there'" in status
 
 
 def test_preflight_on_the_allocation(slurm_run: Callable[..., SlurmRun]) -> None:

@@ -14,6 +14,8 @@ import yaml
 from sft_job.submissions import find
 
 CANARY = "c0ffee" * 6
+CONFIG = "data: {train_files: /nodes/data.parquet}\nmodel: {partial_pretrain: /nodes/model}\n"
+NOT_HERE = "only the nodes can tell: sft.yaml:2: model.partial_pretrain: there is no such folder"
 
 
 @pytest.fixture
@@ -21,7 +23,7 @@ def login(tmp_path: Path):
     """A login node: a folder with job and config, and tools on PATH."""
     tools = tmp_path / "tools"
     tools.mkdir()
-    (tmp_path / "sft.yaml").write_text("trainer: {}\n")
+    (tmp_path / "sft.yaml").write_text(CONFIG)
     job = {"config": "sft.yaml", "checkpoint_dir": "runs", "secrets": ["WANDB_API_KEY"], "name": "mine"}
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
 
@@ -51,6 +53,7 @@ def test_submitted_and_shown(login, tmp_path: Path) -> None:
     done = login()
     assert done.returncode == 0, words(done)
     assert done.stdout.splitlines() == [
+        NOT_HERE,
         "submitted job 77 (mine): 1 node(s), 1 rank(s) on each",
         f"log: {tmp_path}/runs/slurm/77_0_log.out",
         f"run folder: {tmp_path}/runs/sft",
@@ -104,7 +107,7 @@ def test_no_secret_in_any_file(login, tmp_path: Path) -> None:
 def test_a_dry_run_submits_and_writes_nothing(login, tmp_path: Path) -> None:
     done = login("--dry-run", sbatch=None)
     assert done.returncode == 0, words(done)
-    assert done.stdout.startswith("# sbatch script\n#!/bin/bash\n")
+    assert done.stdout.startswith(f"{NOT_HERE}\n# sbatch script\n#!/bin/bash\n")
     assert "-m sft_job.cli train" in done.stdout
     assert not (tmp_path / "runs").exists()
 
@@ -135,6 +138,50 @@ def test_a_path_that_would_mount_something_else_is_refused(login, path: str, set
     assert "is mounted into the container: must be plain absolute paths" in words(done)
     if setting == "checkpoint_dir":
         assert login(override, "--dry-run").returncode == 0  # without a container nothing is mounted
+
+
+def test_an_error_of_the_run_s_settings_is_one_at_submit(login, tmp_path: Path) -> None:
+    (tmp_path / "sft.yaml").write_text(f"{CONFIG}optim: {{lrr: 1}}\ntrainer: {{seed: -1}}\n")
+    done = login('overrides=["optim.lr=fast"]', "ulysses_sequence_parallel_size=3", "resources.nodes=2")
+    said = words(done)
+    assert done.returncode == 2
+    for subject in (
+        "sft.yaml:3: optim.lrr",
+        "sft.yaml:4: trainer.seed = -1",
+        "command line: optim.lr = 'fast'",
+        "command line: ulysses_sequence_parallel_size = 3",
+    ):
+        assert subject in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_only_the_nodes_have_is_no_error(login, tmp_path: Path) -> None:
+    settings = "trainer: {project_name: '${oc.env:ONLY_THERE}'}\n"
+    (tmp_path / "sft.yaml").write_text(
+        CONFIG.replace("/nodes/model", "/nodes/model, external_lib: only.there") + settings
+    )
+    done = login()
+    assert done.returncode == 0, words(done)
+    told = [line for line in done.stdout.splitlines() if line.startswith("only the nodes can tell: sft.yaml:")]
+    assert [line.split(": ")[2] for line in told] == [
+        "model.external_lib",
+        "trainer.project_name",
+        "model.partial_pretrain",
+    ]
+
+
+def test_a_config_that_is_edited_later_does_not_change_a_job_that_waits(login, tmp_path: Path) -> None:
+    login()
+    (tmp_path / "sft.yaml").write_text(f"{CONFIG}trainer: {{seed: 7}}\n")
+    (copy,) = (tmp_path / "runs" / "slurm" / "configs").rglob("sft.yaml")
+    assert copy.read_text() == CONFIG
+    assert copy.stat().st_mode & 0o777 == 0o600
+    assert str(copy).encode() in (tmp_path / "runs" / "slurm" / "77_submitted.pkl").read_bytes()
+    done = login("slurm.container=apptainer", "image=x.sif", "slurm.folder=elsewhere", "--dry-run")
+    assert f"--bind={tmp_path}:{tmp_path}:ro" in done.stdout  # what else lies beside it
+    assert f"--bind={tmp_path}/elsewhere/configs/" in done.stdout
+    login()
+    assert len([*(tmp_path / "runs" / "slurm" / "configs").rglob("sft.yaml")]) == 2
 
 
 def test_no_sbatch(login) -> None:
@@ -170,7 +217,7 @@ def test_what_the_shell_says_to_sbatch_does_not_reach_it(login, tmp_path: Path) 
     seen = dict(line.split("=", 1) for line in (tmp_path / "seen").read_text().splitlines() if "=" in line)
     assert not shell.keys() & seen.keys()
     assert (seen["SLURM_CONF"], seen["WANDB_API_KEY"]) == ("/etc/s", CANARY)
-    assert done.stdout.splitlines()[0].endswith(
+    assert done.stdout.splitlines()[1].endswith(
         ": SBATCH_EXPORT, SBATCH_NO_REQUEUE, SBATCH_TIMELIMIT, SLURM_TIME_FORMAT"
     )
 
