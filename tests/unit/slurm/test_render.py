@@ -86,9 +86,9 @@ def test_the_warning_comes_before_the_grace() -> None:
 
 
 def test_any_option_of_sbatch(tmp_path: Path) -> None:
-    found = text("slurm.sbatch={reservation: spring, no-heterogeneous: true, comment: \"a 'b' $(c)\"}")
+    found = text("slurm.sbatch={reservation: spring, spread-job: true, comment: \"a 'b' $(c)\"}")
     assert "#SBATCH --reservation=spring\n" in found
-    assert "#SBATCH --no-heterogeneous\n" in found
+    assert "#SBATCH --spread-job\n" in found
     assert """#SBATCH --comment='a '"'"'b'"'"' $(c)'\n""" in found
 
 
