@@ -28,6 +28,8 @@ def subjects(slurm: dict[str, Any], **job: Any) -> list[str]:
                 "export TOKENIZERS_PARALLELISM=false",
             ]
         },
+        {"sbatch": {"export": "ALL", "gpus": "8", "mem-per-gpu": "9", "time-min": "5", "wait-all-nodes": "1"}},
+        {"srun_args": ["--mpi", "none", "--label", "--export=ALL"]},
         {"srun_args": ["--mpi=none"], "network_interface": "ib0,ib1"},
         {"network_interface": "^docker0"},
     ],
@@ -54,6 +56,17 @@ def test_good_ones(slurm: dict[str, Any]) -> None:
         ({"sbatch": {"array": "1-3"}}, "slurm.sbatch.array"),
         ({"sbatch": {"no-requeue": "true"}}, "slurm.sbatch.no-requeue"),
         ({"sbatch": {"wrap": "x"}}, "slurm.sbatch.wrap"),
+        ({"sbatch": {"no-req": "true"}}, "slurm.sbatch.no-req"),
+        ({"sbatch": {"arr": "1-3"}}, "slurm.sbatch.arr"),
+        ({"sbatch": {"sig": "USR1@5"}}, "slurm.sbatch.sig"),
+        ({"sbatch": {"tim": "5"}}, "slurm.sbatch.tim"),
+        ({"srun_args": ["--mpi=none", "--kill-on-bad-exit=1"]}, "slurm.srun_args[1]"),
+        ({"srun_args": ["--kill-on=1"]}, "slurm.srun_args[0]"),
+        ({"srun_args": ["-K1"]}, "slurm.srun_args[0]"),
+        ({"srun_args": ["--wait", "60"]}, "slurm.srun_args[0]"),
+        ({"srun_args": ["--output=/x"]}, "slurm.srun_args[0]"),
+        ({"srun_args": ["--cpus-per-task=1"]}, "slurm.srun_args[0]"),
+        ({"srun_args": ["--"]}, "slurm.srun_args[0]"),
         ({"modules": ["cuda; rm"]}, "slurm.modules[0]"),
         ({"setup": ["true", " #SBATCH --nice=1"]}, "slurm.setup[1]"),
         ({"setup": ["export A=1 \\"]}, "slurm.setup[0]"),
@@ -83,3 +96,12 @@ def test_what_does_not_fit_the_rest() -> None:
     assert "mounts" in subjects({}, mounts=["/data"])
     assert "slurm.gpu_type" in subjects({"gpu_type": "a100"}, resources=Resources(gpus_per_node=0))
     assert subjects({"container": "apptainer"}, image="x.sif", mounts=["/data"]) == []
+
+
+def test_the_setting_that_an_abbreviation_means_is_named() -> None:
+    given = JobFile("x", "sft.yaml", checkpoint_dir="/c")
+    (problem,) = check_slurm(given, SlurmSettings(sbatch={"part": "gpu"}))
+    assert (problem.rule, problem.fix) == (
+        "is read as partition, which has a setting of its own",
+        "set slurm.partition",
+    )
