@@ -145,7 +145,11 @@ def check_slurm(job: JobFile, slurm: SlurmSettings) -> list[Problem]:
         plain = value is None or _WORD.fullmatch(brackets.replace("?", ",") if name == "dependency" else brackets)
         check(plain, f"slurm.{name}", "must be letters, digits and . _ / + : @ , = * -", value=value)
     known = (None, "true", "user", "mcs", "topo")
-    check(slurm.exclusive in known, "slurm.exclusive", "must be true, user, mcs or topo", value=slurm.exclusive)
+    word = (slurm.exclusive or "").lower()
+    fix = {"false": "leave it out, or write null", "no": "leave it out, or write null"}.get(
+        word, f"write {word if word in known else 'true'}"
+    )
+    check(slurm.exclusive in known, "slurm.exclusive", "must be true, user, mcs or topo", fix, slurm.exclusive)
     for name, value in slurm.sbatch.items():
         _check_option(check, name)
         check_assignments(check, f"slurm.sbatch.{name}", value)

@@ -151,8 +151,7 @@ def _place_problems(loaded: LoadedJob[SlurmSettings], plan: Plan, environ: Mappi
     """What is wrong here and now: files that are not there, secrets that are not set, or stand where they must not."""
     job = loaded.job
     problems = [*secret_problems(job, "", environ), *secret_problems(loaded.block, "slurm", environ)]
-    config = Path(job.config).expanduser()
-    if not config.is_file():
+    if not Path(plan.config).is_file():
         rule, fix = "there is no such file", "correct the path; a relative one begins at the folder in which you submit"
         problems.append(Problem(ExitCode.CONFIG, "config", rule, fix, job.config))
     if plan.container != "none":
@@ -185,10 +184,13 @@ def _submit(job: JobFile, block: SlurmSettings, plan: Plan, copy: Copy, without:
     try:
         Path(plan.checkpoint_dir).mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.stat().st_mode & 0o077:  # it was there; scripts and logs are the owner's alone
+            folder.chmod(0o700)
         copy.write()
     except OSError as error:
         raise JobError(
-            ExitCode.CANNOT_CREATE, f"{folder} cannot be made: {error}\n    fix: another checkpoint_dir or slurm.folder"
+            ExitCode.CANNOT_CREATE,
+            f"{folder} cannot be made, or made yours alone: {error}\n    fix: another checkpoint_dir or slurm.folder",
         ) from error
     try:
         return make_executor(job, block, plan, without).submit(run_node, plan.values()).job_id

@@ -84,8 +84,8 @@ def validate(job: JobFile) -> list[Problem]:
         check.at_least(0, f"retries.{name}", getattr(job.retries, name))
     if numbers.time is not None and seconds_of(numbers.time) is None:
         check(False, "resources.time", "must be minutes, HH:MM:SS or DAYS-HH:MM:SS", "24:00:00", numbers.time)
-    elif numbers.time is not None and (seconds_of(numbers.time) or 0) < job.grace_seconds:
-        rule = f"is shorter than grace_seconds ({job.grace_seconds} s): every start would end before its first step"
+    elif numbers.time is not None and (seconds_of(numbers.time) or 0) <= job.grace_seconds:
+        rule = f"is not longer than grace_seconds ({job.grace_seconds} s): every start would end before its first step"
         check(False, "resources.time", rule, "a longer time, or smaller grace_seconds", numbers.time)
     return problems
 

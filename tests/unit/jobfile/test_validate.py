@@ -62,6 +62,7 @@ def test_a_good_one() -> None:
         ({"resources": Resources(memory_gib=float("nan"))}, "resources.memory_gib"),
         ({"resources": Resources(time="soon")}, "resources.time"),
         ({"resources": Resources(time="1"), "grace_seconds": 90}, "resources.time"),
+        ({"resources": Resources(time="2"), "grace_seconds": 120}, "resources.time"),
         ({"grace_seconds": 0}, "grace_seconds"),
         ({"retries": Retries(losses=-1)}, "retries.losses"),
     ],

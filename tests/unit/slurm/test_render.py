@@ -136,3 +136,15 @@ def test_a_set_up_line_that_fails_ends_the_job(tmp_path: Path, settings: dict[st
     assert (done.returncode, (tmp_path / "started").exists()) == ((2, False) if failed else (0, True))
     assert f"slurm: this line failed with {failed}\n" in done.stderr or not failed
     assert not (tmp_path / "later").exists()
+
+
+def test_a_path_in_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    job = JobFile("x", "~/a.yaml", checkpoint_dir="~/c", image="~/x.sif")
+    slurm = SlurmSettings(python="~/venv/bin/python", container="apptainer", folder="~/f")
+    plan = make_plan(job, slurm, Path("/"), "python")
+    found = [plan.config, plan.checkpoint_dir, plan.image, plan.python, plan.folder]
+    assert found == [f"/home/me/{name}" for name in ("a.yaml", "c", "x.sif", "venv/bin/python", "f")]
+    odd = JobFile("x", "~nobody-of-that-name/a.yaml", checkpoint_dir="/c", image="docker://a//b")
+    plan = make_plan(odd, SlurmSettings(container="apptainer"), Path("/w"), "python")
+    assert (plan.config, plan.image, plan.python) == ("/w/~nobody-of-that-name/a.yaml", "docker://a//b", "python")

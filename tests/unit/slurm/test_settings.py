@@ -105,3 +105,12 @@ def test_the_setting_that_an_abbreviation_means_is_named() -> None:
         "is read as partition, which has a setting of its own",
         "set slurm.partition",
     )
+
+
+@pytest.mark.parametrize(
+    ("written", "fix"), [("True", "write true"), ("false", "leave it out, or write null"), ("USER", "write user")]
+)
+def test_what_exclusive_should_be(written: str, fix: str) -> None:
+    given = JobFile("x", "sft.yaml", checkpoint_dir="/c")
+    (problem,) = check_slurm(given, SlurmSettings(exclusive=written))
+    assert problem.fix == fix

@@ -184,6 +184,18 @@ def test_a_config_that_is_edited_later_does_not_change_a_job_that_waits(login, t
     assert len([*(tmp_path / "runs" / "slurm" / "configs").rglob("sft.yaml")]) == 2
 
 
+def test_a_folder_that_was_there_is_the_owner_s_alone_too(login, tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir(mode=0o755)
+    assert login("slurm.folder=logs").returncode == 0
+    assert (tmp_path / "logs").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_job_file_that_is_not_there(login, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").unlink()
+    said = words(login())
+    assert "cannot be read: No such file or directory\n    fix: correct the path" in said
+
+
 def test_no_sbatch(login) -> None:
     done = login(sbatch=None, PATH="/nowhere")
     assert (done.returncode, words(done).splitlines()[0]) == (2, "sbatch is not on PATH")
