@@ -80,8 +80,11 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """Name of a container that outlives its client."""
-        return f"sft-job-{self.job_id}-{self.node}"
+        """Name of a container that outlives its client.
+
+        By host: a later start of the job on this one may count it as another node.
+        """
+        return f"sft-job-{self.job_id}-{self.host}"
 
 
 def job_command(setting: Setting, verb: str, *arguments: str) -> list[str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 
-from slurm.containers import Setting, job_command, job_environ
+from slurm.containers import Setting, job_command, job_environ, removal_command
 from slurm.plan import Plan
 
 
@@ -56,3 +57,14 @@ def test_the_node_s_own_paths_stay_out_and_the_job_file_s_come_in(container: str
             "pyxis": started.get(name) == value and name in "".join(command).partition("--container-env=")[2],
             "apptainer": started.get(f"APPTAINERENV_{name}") == value and name not in started,
         }.get(container, f"--env={name}={value}" in command and name not in started)
+
+
+@pytest.mark.parametrize("container", ["docker", "podman"])
+def test_a_later_start_finds_what_was_left_on_its_host(container: str) -> None:
+    left = setting(container=container)
+    later = dataclasses.replace(left, node=0)
+    other = dataclasses.replace(left, host="n5")
+    (name,) = [each.removeprefix("--name=") for each in job_command(left, "train") if each.startswith("--name=")]
+    assert removal_command(later) == [container, "rm", "--force", name]
+    assert removal_command(other) != removal_command(left)
+    assert removal_command(dataclasses.replace(left, job_id="13")) != removal_command(left)
