@@ -20,12 +20,16 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 def test_two_nodes_leave_what_one_machine_leaves(
     slurm_run: Callable[..., SlurmRun], undisturbed: Callable[[int], Evidence], ranks: int, tmp_path: Path
 ) -> None:
-    """And shell code in values stays text: an environment variable, a comment for sbatch, a setting of the run."""
-    touched = tmp_path / "touched"
+    """And shell code in values stays text: an environment variable, a comment for sbatch, a setting of the run.
+
+    What a set-up line exports reaches every rank of every node.
+    """
+    touched, seen = tmp_path / "touched", tmp_path / "seen"
+    seen.mkdir()
     odd = f"$(touch {touched}) `touch {touched}` \"q\" 'z' ; touch {touched}"
     run = slurm_run(
         settings={
-            "environment": {"TEST_PACE": "0", "ODD": odd},
+            "environment": {"TEST_PACE": "0", "TEST_SEEN": str(seen), "ODD": odd},
             "slurm": {"sbatch": {"comment": odd}, "setup": ["export FROM_SETUP=here"]},
         },
         overrides=[f"trainer.experiment_name='{odd.replace(chr(39), chr(39) * 2)}'"],
@@ -38,6 +42,7 @@ def test_two_nodes_leave_what_one_machine_leaves(
     assert [path.name for path in run.root.rglob("metrics.jsonl")] == ["metrics.jsonl"]
     assert run.step() == STEPS
     assert not touched.exists()
+    assert {path.name: path.read_text() for path in seen.iterdir()} == {str(rank): "here" for rank in range(2 * ranks)}
     settings = yaml.safe_load((run.run / "logs" / "config.yaml").read_text())
     assert settings["trainer"]["experiment_name"] == odd
     assert odd.split()[1].rstrip(")") in run.cluster.ask("scontrol", "show", "job", run.job_id)
