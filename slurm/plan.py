@@ -91,7 +91,7 @@ def make_plan(job: JobFile, slurm: SlurmSettings, cwd: Path, python: str, prefli
         folder=_absolute(slurm.folder, cwd) if slurm.folder else f"{checkpoints}/slurm",
         config=_absolute(job.config, cwd),
         checkpoint_dir=checkpoints,
-        python=slurm.python or python,
+        python=_home(slurm.python or python),
         overrides=list(job.overrides),
         ranks_per_node=job.ranks_per_node,
         gpus_per_node=job.resources.gpus_per_node,
@@ -102,7 +102,7 @@ def make_plan(job: JobFile, slurm: SlurmSettings, cwd: Path, python: str, prefli
         interface=slurm.network_interface,
         master_port=slurm.master_port,
         container=slurm.container,
-        image=job.image,
+        image=job.image and _home(job.image),
         mounts=[str(parse_mount(each)) for each in job.mounts],
         container_args=list(slurm.container_args),
         grace_seconds=job.grace_seconds,
@@ -117,4 +117,12 @@ def make_plan(job: JobFile, slurm: SlurmSettings, cwd: Path, python: str, prefli
 
 
 def _absolute(path: str, cwd: Path) -> str:
-    return os.path.normpath(cwd / Path(path).expanduser())
+    return os.path.normpath(cwd / _home(path))
+
+
+def _home(path: str) -> str:
+    """The path with ``~`` written out; nothing else of it changes, for an image may be no path."""
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError:  # nobody of that name
+        return path
