@@ -54,7 +54,9 @@ class Env:
     JOB_ID = "SFT_JOB_ID"
     """Set by launchers: the job's id there, the same when it is queued again."""
     END_TIME = "SFT_JOB_END_TIME"
-    """Set by launchers: Unix time at which the scheduler will end the job."""
+    """Set by launchers: Unix time at which the job will be ended: the scheduler's, or a little before."""
+    GPUS_PER_NODE = "SFT_JOB_GPUS_PER_NODE"
+    """Set by launchers that asked for GPUs: how many on each node; with fewer nothing is trained."""
     COMMIT = "SFT_JOB_COMMIT"
     """Set in the image: the commit it was built from, shown by ``--version``."""
 
@@ -116,6 +118,11 @@ class RunFolder:
     def requeued(self) -> Path:
         """A launcher's word that the job waits in its queue; void once ``outcome.json`` is another one."""
         return self.logs / "requeued.json"
+
+    @property
+    def launched(self) -> Path:
+        """What a launcher made of the newest end that it saw, and how often it queued the job again after what."""
+        return self.logs / "launcher.json"
 
     @property
     def starts(self) -> Path:

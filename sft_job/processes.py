@@ -77,6 +77,17 @@ def end_orphans(spared: Collection[int], grace_seconds: float) -> int:
     return len(found)
 
 
+def kill_tree(pid: int) -> None:
+    """Kill a process and all that descends from it, whatever sessions they are in."""
+    parents = {each: _parent(each) for each in _all_pids()}
+    doomed, new = {pid}, {pid}
+    while new := {each for each, parent in parents.items() if parent in new} - doomed:
+        doomed |= new
+    for each in (pid, *(doomed - {pid})):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(each, signal.SIGKILL)
+
+
 def state(pid: int) -> str:
     """The kernel's letter for what a process does: R, S, D, T (stopped), Z; '' where there is none."""
     fields = _stat(pid)

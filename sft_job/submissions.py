@@ -13,7 +13,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,30 @@ class Requeue:
 
     def __str__(self) -> str:
         return f"{self.launcher} job {self.job}, since {self.since}"
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a launcher made of the end of one start.
+
+    Attributes:
+        launcher: its name.
+        job: the job's id there.
+        start: how often it was queued again before.
+        why: what becomes of the job and why, for people.
+        counts: cause -> how often it was queued again after it, this end included.
+        at: local time.
+    """
+
+    launcher: str
+    job: str
+    start: int
+    why: str
+    counts: Mapping[str, int] = field(default_factory=dict[str, int])
+    at: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.launcher} job {self.job}, start {self.start}"
 
 
 def state_folder(environ: Mapping[str, str]) -> Path:
@@ -166,6 +190,33 @@ def read_requeue(run: RunFolder) -> Requeue | None:
         if note.pop("outcome") != outcome_digest(run):
             return None
         return Requeue(**{name: str(value) for name, value in note.items()})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def note_judgement(run: RunFolder, launcher: str, job: str, start: int, why: str, counts: Mapping[str, int]) -> None:
+    """Leave in the run folder what becomes of the job; only for people, so that one that cannot be written is left out.
+
+    A node that was cut off comes late: what was said of a later start of the same job stays.
+
+    Raises:
+        ValueError: launcher or job have characters that ``record`` refuses.
+    """
+    _refuse_odd(launcher, job)
+    known = read_judgement(run)
+    if known is not None and (known.launcher, known.job) == (launcher, job) and known.start > start:
+        return
+    with contextlib.suppress(OSError):
+        _replace(run.launched, asdict(Judgement(launcher, job, start, why, dict(counts), _now())))
+
+
+def read_judgement(run: RunFolder) -> Judgement | None:
+    """What a launcher said last; None where none did, or it cannot be read."""
+    try:
+        note = json.loads(run.launched.read_text(encoding="utf-8"))
+        counts = {str(cause): int(number) for cause, number in note["counts"].items()}
+        words = {name: str(note[name]) for name in ("launcher", "job", "why", "at")}
+        return Judgement(start=int(note["start"]), counts=counts, **words)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,12 +39,22 @@ class Setting:
 
     @property
     def mounts(self) -> list[Mount]:
-        """What the container sees: the run's YAML, the checkpoint folder, and what the job file names."""
-        config = Path(self.plan.config).parent
-        own = [Mount(str(config), str(config)), Mount(self.plan.checkpoint_dir, self.plan.checkpoint_dir, True)]
-        given = [parse_mount(each) for each in self.plan.mounts]
-        targets = {mount.target for mount in given}
-        return [mount for mount in own if mount.target not in targets] + given
+        """What the container sees: the run's YAML, the checkpoint folder, and what the job file names.
+
+        A folder comes before what lies in it, which it would hide otherwise. No place is named twice: engines refuse.
+        """
+        config, checkpoints = Path(self.plan.config).parent, Path(self.plan.checkpoint_dir)
+        own = [Mount(str(checkpoints), str(checkpoints), True)]
+        if not config.is_relative_to(checkpoints):  # read-only on top of it, the job could not write there
+            own.append(Mount(str(config), str(config)))
+        found: dict[str, Mount] = {}
+        for mount in (*own, *map(parse_mount, self.plan.mounts)):
+            source, target = os.path.normpath(mount.source), os.path.normpath(mount.target)
+            before = found.get(target)
+            # The job writes into its folder, whatever a mount of the same folder says.
+            writable = mount.writable or (before is not None and before.writable and before.source == source)
+            found[target] = Mount(source, target, writable)
+        return sorted(found.values(), key=lambda mount: len(Path(mount.target).parts))
 
     @property
     def passed(self) -> list[str]:
@@ -60,12 +71,20 @@ class Setting:
             *self.plan.environment,
         }
         known = [name for name in self.environ if name in named or name.startswith(_PASSED_PREFIXES)]
-        return sorted({*known, *self.plan.secrets} - {*_OF_THE_HOST})
+        return sorted({*known, *self.plan.secrets} - ({*_OF_THE_HOST} - self.kept.keys()))
+
+    @property
+    def kept(self) -> dict[str, str]:
+        """Of the variables that a container does not get from its node: those that the job file sets."""
+        return {name: value for name, value in self.plan.environment.items() if name in _OF_THE_HOST}
 
     @property
     def name(self) -> str:
-        """Name of a container that outlives its client."""
-        return f"sft-job-{self.job_id}-{self.node}"
+        """Name of a container that outlives its client.
+
+        By host: a later start of the job on this one may count it as another node.
+        """
+        return f"sft-job-{self.job_id}-{self.host}"
 
 
 def job_command(setting: Setting, verb: str, *arguments: str) -> list[str]:
@@ -78,7 +97,12 @@ def job_environ(setting: Setting) -> dict[str, str]:
     """The environment from which that command starts."""
     if setting.plan.container == "none":
         return dict(setting.environ)
-    return {name: value for name, value in setting.environ.items() if name not in _OF_THE_HOST}
+    plain = {name: value for name, value in setting.environ.items() if name not in _OF_THE_HOST}
+    if setting.plan.container == "pyxis":
+        return plain | setting.kept
+    if setting.plan.container == "apptainer":  # which takes LD_* from no other name, and sets them itself
+        return plain | {f"APPTAINERENV_{name}": value for name, value in setting.kept.items()}
+    return plain
 
 
 def removal_command(setting: Setting) -> list[str] | None:
@@ -149,8 +173,8 @@ def _engine(name: str, setting: Setting, more: Sequence[str]) -> list[str]:
         "--entrypoint=",
         *more,
         *(f"--volume={mount}" for mount in setting.mounts),
-        # By name alone: the value is in no command line.
-        *(f"--env={each}" for each in setting.passed),
+        # By name alone: the value is in no command line; but those would act on the engine's own client.
+        *(f"--env={each}={setting.kept[each]}" if each in setting.kept else f"--env={each}" for each in setting.passed),
         *plan.container_args,
         str(plan.image),
     ]

@@ -45,7 +45,8 @@ def job_state(job_id: str) -> JobState | None:
 def queue_again(job_id: str, start: int, tell: Callable[[str], None], pauses: Sequence[float] = _PAUSES) -> bool:
     """Queue a job again, once; Slurm then ends what is left of it on every node.
 
-    A node that was cut off may come here long after Slurm has started the job elsewhere: nothing is asked for then.
+    A node that was cut off may come here long after Slurm has started the job elsewhere: nothing is asked for then, nor
+    as long as Slurm does not say which start it knows.
 
     Args:
         job_id: Slurm's id.
@@ -58,23 +59,29 @@ def queue_again(job_id: str, start: int, tell: Callable[[str], None], pauses: Se
     """
     for pause in pauses:
         known = job_state(job_id)
-        if known is not None and known.restarts > start:
+        if known is not None and known.restarts != start:
             tell(f"Slurm has queued job {job_id} again already")
             return False
         if known is not None and known.state == "CANCELLED":
             tell(f"job {job_id} was cancelled: not queued again")
             return False
-        try:
-            done = _scontrol("requeue", job_id)
-            if done.returncode == 0:
-                return True
-            said = done.stderr.strip()
-        except (OSError, subprocess.TimeoutExpired) as error:
-            said = str(error)
-        tell(f"scontrol requeue {job_id}: {said}")
+        # Without an answer it may run elsewhere by now, and a requeue would end that start.
+        said = _requeue(job_id) if known is not None else f"scontrol show job {job_id}: no answer"
+        if not said:
+            return True
+        tell(said)
         time.sleep(pause)
     tell(f"the job is not queued again; do it by hand: scontrol requeue {job_id}")
     return False
+
+
+def _requeue(job_id: str) -> str:
+    """Ask for it; what Slurm said where it did not do it, else ''."""
+    try:
+        done = _scontrol("requeue", job_id)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"scontrol requeue {job_id}: {error}"
+    return "" if done.returncode == 0 else f"scontrol requeue {job_id}: {done.stderr.strip()}"
 
 
 def _scontrol(*arguments: str) -> subprocess.CompletedProcess[str]:

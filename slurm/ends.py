@@ -12,7 +12,7 @@ from sft_job.contract import ExitCode
 _PEERS_SECONDS = 3.0
 """Between two looks at the other nodes while the job runs."""
 _NOTICE_SECONDS = 45.0
-"""How long this node's ranks may take to notice by themselves that another node's have failed."""
+"""How long this node's ranks may take to notice by themselves that another node's have failed, or that all is done."""
 _LEAVE_SECONDS = 30.0
 """From the signal that ends them to the kill."""
 _NAME = re.compile(r"(\d+)_(\d+)")
@@ -64,17 +64,19 @@ class Peers:
         self._since: float | None = None
         self._sent: set[signal.Signals] = set()
         self.code = 0
-        """The exit code of the node that ended first with anything but 0."""
+        """The exit code of the node whose end this one acts on."""
 
     def wish(self, now: float, grace_seconds: float) -> signal.Signals | None:
         """What to send to this node's job, because another node has ended; None = nothing.
 
         A node that was stopped stops the others at once. One that failed is noticed by its peers' ranks, which then say
-        more than a signal could; they are ended where they do not.
+        more than a signal could; they are ended where they do not. So are those that still run after node 0's, which
+        says when the run is done; any other node may be done before.
         """
         if now >= self._next and self._since is None:
             self._next = now + _PEERS_SECONDS
-            others = [code for node, code in self._ends.all().items() if node != self._node and code != ExitCode.DONE]
+            ends = {node: code for node, code in self._ends.all().items() if node != self._node}
+            others = [code for node, code in sorted(ends.items()) if code != ExitCode.DONE or node == 0]
             if others:
                 self._since, self.code = now, next((each for each in others if each != ExitCode.STOPPED), others[0])
         if self._since is None:

@@ -40,6 +40,7 @@ class Plan:
         container_args: more options of the container runtime.
         grace_seconds: from the wish to stop to the end.
         retries: how often to queue again after each kind of end; None = as often as it takes.
+        fruitless: ends in a row that may leave the same checkpoint; None = any number.
         preflight: one of ``NO_PREFLIGHT``, ``FIRST_PREFLIGHT``, ``ONLY_PREFLIGHT``.
     """
 
@@ -62,6 +63,7 @@ class Plan:
     container_args: list[str] = field(default_factory=list[str])
     grace_seconds: int = 120
     retries: dict[str, int | None] = field(default_factory=dict[str, "int | None"])
+    fruitless: int | None = None
     preflight: str = NO_PREFLIGHT
 
     def values(self) -> dict[str, Any]:
@@ -89,7 +91,7 @@ def make_plan(job: JobFile, slurm: SlurmSettings, cwd: Path, python: str, prefli
         folder=_absolute(slurm.folder, cwd) if slurm.folder else f"{checkpoints}/slurm",
         config=_absolute(job.config, cwd),
         checkpoint_dir=checkpoints,
-        python=slurm.python or python,
+        python=_home(slurm.python or python),
         overrides=list(job.overrides),
         ranks_per_node=job.ranks_per_node,
         gpus_per_node=job.resources.gpus_per_node,
@@ -100,7 +102,7 @@ def make_plan(job: JobFile, slurm: SlurmSettings, cwd: Path, python: str, prefli
         interface=slurm.network_interface,
         master_port=slurm.master_port,
         container=slurm.container,
-        image=job.image,
+        image=job.image and _home(job.image),
         mounts=[str(parse_mount(each)) for each in job.mounts],
         container_args=list(slurm.container_args),
         grace_seconds=job.grace_seconds,
@@ -109,9 +111,18 @@ def make_plan(job: JobFile, slurm: SlurmSettings, cwd: Path, python: str, prefli
             "preemption": job.retries.preemptions,
             "loss": job.retries.losses,
         },
+        fruitless=job.retries.without_checkpoint,
         preflight=preflight or (FIRST_PREFLIGHT if job.preflight else NO_PREFLIGHT),
     )
 
 
 def _absolute(path: str, cwd: Path) -> str:
-    return os.path.normpath(cwd / Path(path).expanduser())
+    return os.path.normpath(cwd / _home(path))
+
+
+def _home(path: str) -> str:
+    """The path with ``~`` written out; nothing else of it changes, for an image may be no path."""
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError:  # nobody of that name
+        return path

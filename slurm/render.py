@@ -9,27 +9,43 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from submitit import SlurmExecutor
 
+from sft_job.contract import ExitCode
 from sft_job.jobfile.schema import JobFile
 from sft_job.jobfile.validate import seconds_of
 from slurm.listener import WARNING
 from slurm.plan import ONLY_PREFLIGHT, Plan
-from slurm.settings import SlurmSettings
+from slurm.settings import LEAVE_SECONDS, SlurmSettings
 
-_LEAVE_SECONDS = 15
-"""Between the end of the job's own grace and that of Slurm: to agree between the nodes and to queue again."""
 _PREFLIGHT_TIME = "10"
 # Python is deaf for a second while it starts, and one of these in that second would end it: what is ignored stays so
 # until the task listens.
 _STARTER = 'trap "" USR1 USR2; exec "$0" "$@"'
 
+_LOOK = (
+    r'sft_job_look() { [ "$1" -eq 0 ] || { printf "slurm: this line failed with exit code %d: %s\n'
+    r'    fix: correct slurm.modules or slurm.setup in the job file\n" "$1" "$2" >&2; '
+    f"exit {int(ExitCode.CONFIG)}; }}; }}"
+)
+
 
 class Executor(SlurmExecutor):
-    """submitit's executor, which can show its text, and needs no Slurm where it is only shown."""
+    """submitit's executor, which can show its text, and needs no Slurm where it is only shown.
+
+    Args:
+        folder: of the script and the logs.
+        python: the command that starts Python on the nodes.
+        without: variables of this environment that sbatch, and the job, are not to see.
+    """
+
+    def __init__(self, folder: str, python: str, without: Iterable[str] = ()) -> None:
+        super().__init__(folder, python=python)
+        self._without = tuple(without)
 
     @classmethod
     def affinity(cls) -> int:
@@ -40,10 +56,22 @@ class Executor(SlurmExecutor):
         """The sbatch script."""
         return self._make_submission_file_text(self._submitit_command_str, "")
 
+    def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+        return ["env", *(f"--unset={name}" for name in self._without), "sbatch", str(submission_file_path)]
 
-def make_executor(job: JobFile, slurm: SlurmSettings, plan: Plan) -> Executor:
-    """The executor that renders and submits this job."""
-    executor = Executor(plan.folder, python=shlex.join(["bash", "-c", _STARTER, plan.python, "-P"]))
+
+def left_out(environ: Mapping[str, str]) -> list[str]:
+    """Variables that must not reach sbatch.
+
+    sbatch takes ``SBATCH_*`` before what the script says; ``SLURM_TIME_FORMAT`` would reach the job, which reads the
+    times that scontrol writes.
+    """
+    return sorted(name for name in environ if name.startswith("SBATCH_") or name == "SLURM_TIME_FORMAT")
+
+
+def make_executor(job: JobFile, slurm: SlurmSettings, plan: Plan, without: Iterable[str] = ()) -> Executor:
+    """The executor that renders this job, and submits it without these variables of the environment."""
+    executor = Executor(plan.folder, shlex.join(["bash", "-c", _STARTER, plan.python, "-P"]), without)
     executor.update_parameters(**parameters(job, slurm, plan))
     return executor
 
@@ -79,7 +107,7 @@ def parameters(job: JobFile, slurm: SlurmSettings, plan: Plan) -> dict[str, Any]
         "dependency": slurm.dependency,
         "stderr_to_stdout": True,
         "srun_args": srun,
-        "setup": [f"module load {' '.join(slurm.modules)}"] * bool(slurm.modules) + slurm.setup or None,
+        "setup": _setup([f"module load {' '.join(slurm.modules)}"] * bool(slurm.modules) + slurm.setup),
         "wckey": None,
         "additional_parameters": _more(job, slurm, plan),
     }
@@ -91,6 +119,12 @@ def parameters(job: JobFile, slurm: SlurmSettings, plan: Plan) -> dict[str, Any]
     return found
 
 
+def _setup(lines: Sequence[str]) -> list[str] | None:
+    """The lines, each followed by a look at its exit code: after one that fails, nothing would be as it should be."""
+    checked = [text for line in lines for text in (line, f'sft_job_look "$?" {shlex.quote(line)}')]
+    return [_LOOK, *checked] if checked else None
+
+
 def _time(job: JobFile, plan: Plan) -> str | None:
     return _PREFLIGHT_TIME if plan.preflight == ONLY_PREFLIGHT else job.resources.time
 
@@ -98,9 +132,11 @@ def _time(job: JobFile, plan: Plan) -> str | None:
 def _more(job: JobFile, slurm: SlurmSettings, plan: Plan) -> dict[str, Any]:
     """Options for which submitit has no parameter, or one that is not fine enough."""
     time = _time(job, plan)
+    # A preflight alone has nothing to save; without an option of our own submitit would ask for its signal.
+    early = 1 if plan.preflight == ONLY_PREFLIGHT else job.grace_seconds + LEAVE_SECONDS
     return {
         # Also where SUBMITIT_PREEMPT_SIGNAL is set: the text depends on the job file alone.
-        "signal": f"{WARNING.name.removeprefix('SIG')}@{job.grace_seconds + _LEAVE_SECONDS}",
+        "signal": f"{WARNING.name.removeprefix('SIG')}@{early}",
         **({} if time is None else {"time": time}),
         "no-requeue" if plan.preflight == ONLY_PREFLIGHT else "requeue": True,
         **{name: True if value == "true" else value for name, value in slurm.sbatch.items()},

@@ -6,7 +6,8 @@ import enum
 import json
 import os
 import signal
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,7 @@ def judge(
     step: int | None,
     restarts: tuple[Restart, ...],
     retries: Mapping[str, int | None],
+    fruitless: int | None = None,
 ) -> Verdict:
     """Whether the job is to be queued again.
 
@@ -130,6 +132,7 @@ def judge(
         step: of the newest checkpoint; None where there is none.
         restarts: earlier ones.
         retries: how many of each cause; None or no entry = as many as it takes.
+        fruitless: ends in a row, whatever their causes, that may leave the same checkpoint; None = any number.
     """
     if code == ExitCode.DONE:
         return Verdict(code, None, "done")
@@ -146,17 +149,37 @@ def judge(
     limit = retries.get(cause)
     if limit is not None and count >= limit:
         return Verdict(code, None, f"{cause} number {count + 1}, and retries allow {limit}: not queued again")
-    if cause == Cause.TIMEOUT and _stand_still(restarts, step):
-        why = f"{_TIMEOUTS_IN_VAIN} starts in a row came to their time limit without a new checkpoint: not queued again"
+    in_vain = [*_in_vain(restarts, step), cause]
+    if in_vain.count(Cause.TIMEOUT) >= _TIMEOUTS_IN_VAIN:
+        why = f"{_TIMEOUTS_IN_VAIN} starts came to their time limit without a new checkpoint: not queued again"
         return Verdict(int(ExitCode.NO_PROGRESS), None, f"{why}\n    fix: a longer resources.time")
+    if fruitless is not None and len(in_vain) >= fruitless:
+        why = f"{len(in_vain)} starts in a row ended without a new checkpoint ({_counted(in_vain)}): not queued again"
+        fix = "save more often (trainer.recovery_minutes or trainer.save_freq), or a larger retries.without_checkpoint"
+        return Verdict(int(ExitCode.NO_PROGRESS), None, f"{why}\n    fix: {fix}")
     return Verdict(code, cause, f"{cause} number {count + 1}: queued again")
 
 
-def _stand_still(restarts: tuple[Restart, ...], step: int | None) -> bool:
-    """Whether too many starts, this one among them, were too short. The job's own breaker does not count stops."""
-    last = restarts[-(_TIMEOUTS_IN_VAIN - 1) :]
-    in_vain = [restart.cause == Cause.TIMEOUT and restart.step == step for restart in last]
-    return len(in_vain) == _TIMEOUTS_IN_VAIN - 1 and all(in_vain)
+def _in_vain(restarts: tuple[Restart, ...], step: int | None) -> list[str]:
+    """Causes of the last ends that left the checkpoint that is still the newest. The job's own breaker counts no stops.
+
+    What Slurm did by itself left no step: it counts where it lies between others that count.
+    """
+    found: list[str] = []
+    unknown: list[str] = []
+    for restart in reversed(restarts):
+        if restart.cause == Cause.SCHEDULER:
+            unknown.append(restart.cause)
+        elif restart.step == step:
+            found += [*unknown, restart.cause]
+            unknown = []
+        else:
+            return found
+    return found + unknown if step is None else found
+
+
+def _counted(causes: Sequence[str]) -> str:
+    return ", ".join(f"{cause} {number}" for cause, number in sorted(Counter(map(str, causes)).items()))
 
 
 def read_restarts(path: Path) -> tuple[Restart, ...]:
@@ -174,18 +197,20 @@ def with_unseen(restarts: tuple[Restart, ...], start: int) -> tuple[Restart, ...
     return tuple(known.get(each, Restart(each, Cause.SCHEDULER, None)) for each in range(start))
 
 
+def counts_of(restarts: tuple[Restart, ...]) -> dict[str, int]:
+    """Cause -> how often, each counted by itself."""
+    return dict(Counter(str(restart.cause) for restart in restarts))
+
+
 def write_restarts(path: Path, restarts: tuple[Restart, ...]) -> None:
     """Write them down, all or nothing.
 
     Raises:
         OSError: they cannot be written.
     """
-    counts: dict[str, int] = {}
-    for restart in restarts:
-        counts[restart.cause] = counts.get(restart.cause, 0) + 1
     temporary = path.with_name(f".{path.name}.new")
     with temporary.open("w", encoding="utf-8") as file:
-        json.dump({"counts": counts, "restarts": [asdict(each) for each in restarts]}, file, indent=1)
+        json.dump({"counts": counts_of(restarts), "restarts": [asdict(each) for each in restarts]}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -7,10 +7,14 @@ from dataclasses import dataclass, field
 
 from sft_job.errors import Problem
 from sft_job.jobfile.schema import JobFile
-from sft_job.jobfile.validate import Checks, text_problems
+from sft_job.jobfile.validate import Checks, check_assignments, seconds_of, text_problems
 
 RUNTIMES = ("none", "pyxis", "apptainer", "docker", "podman")
 """What starts the job on a node."""
+LEAVE_SECONDS = 15
+"""Between the end of the job's own grace and that of Slurm: to agree between the nodes and to queue again."""
+KILL_SECONDS = 10
+"""So long before Slurm's end a job that has not left is killed: Slurm would end us with it, and queue nothing again."""
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/+:@,=*-]*")
 _OPTION = re.compile(r"[a-z][a-z0-9-]*")
 _MODULE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/+-]*")
@@ -51,12 +55,41 @@ _FORBIDDEN = (
     "ntasks-per-socket",
     "open-mode",
     "parsable",
+    "quiet",
     "requeue",
     "test-only",
     "usage",
     "version",
     "wait",
     "wrap",
+)
+
+# Whole names of options that begin as one above does.
+_NO_ABBREVIATIONS = ("export", "gpus")
+# Options of srun that the script sets itself, or that would start other processes than one on each node.
+_SRUN_FORBIDDEN = (
+    "container-image",
+    "cpus-per-task",
+    "error",
+    "help",
+    "input",
+    "jobid",
+    "kill-on-bad-exit",
+    "multi-prog",
+    "nodes",
+    "no-kill",
+    "ntasks",
+    "ntasks-per-node",
+    "open-mode",
+    "output",
+    "pty",
+    "relative",
+    "test-only",
+    "time",
+    "unbuffered",
+    "usage",
+    "version",
+    "wait",
 )
 
 
@@ -87,11 +120,11 @@ class SlurmSettings:
     sbatch: dict[str, str] = field(default_factory=dict[str, str])
     """Any other option of sbatch without its dashes (``{reservation: spring}``); ``true`` for one without a value."""
     srun_args: list[str] = field(default_factory=list[str])
-    """More options of the srun that starts one process on each node."""
+    """More long options of the srun that starts one process on each node."""
     modules: list[str] = field(default_factory=list[str])
     """Environment modules to load before."""
     setup: list[str] = field(default_factory=list[str])
-    """Shell lines that the first node runs before; their variables reach every node."""
+    """Shell lines, each a whole command, that the first node runs before; their variables reach every node."""
     network_interface: str | None = None
     """Network interface of the ranks: ``NCCL_SOCKET_IFNAME`` and ``GLOO_SOCKET_IFNAME``."""
     master_port: int | None = None
@@ -116,23 +149,41 @@ def check_slurm(job: JobFile, slurm: SlurmSettings) -> list[Problem]:
         plain = value is None or _WORD.fullmatch(brackets.replace("?", ",") if name == "dependency" else brackets)
         check(plain, f"slurm.{name}", "must be letters, digits and . _ / + : @ , = * -", value=value)
     known = (None, "true", "user", "mcs", "topo")
-    check(slurm.exclusive in known, "slurm.exclusive", "must be true, user, mcs or topo", value=slurm.exclusive)
-    for name in slurm.sbatch:
+    word = (slurm.exclusive or "").lower()
+    fix = {"false": "leave it out, or write null", "no": "leave it out, or write null"}.get(
+        word, f"write {word if word in known else 'true'}"
+    )
+    check(slurm.exclusive in known, "slurm.exclusive", "must be true, user, mcs or topo", fix, slurm.exclusive)
+    for name, value in slurm.sbatch.items():
         _check_option(check, name)
+        check_assignments(check, f"slurm.sbatch.{name}", value)
     for name in ("srun_args", "container_args"):
         for at, each in enumerate(getattr(slurm, name)):
             check(each, f"slurm.{name}[{at}]", "must not be empty")
+            check_assignments(check, f"slurm.{name}[{at}]", each)
+    for at, each in enumerate(slurm.srun_args):
+        _check_srun(check, f"slurm.srun_args[{at}]", each)
     for at, each in enumerate(slurm.modules):
         check(_MODULE.fullmatch(each), f"slurm.modules[{at}]", "must be a module's name", value=each)
     for at, line in enumerate(slurm.setup):
         rule = "sbatch would read it as an option"
         check(not line.lstrip().startswith("#SBATCH"), f"slurm.setup[{at}]", rule, "write it below slurm.sbatch", line)
+        rule = "must be a whole command: its exit code is looked at"
+        check(not line.endswith("\\"), f"slurm.setup[{at}]", rule, "put the lines that belong together into one", line)
+        check_assignments(check, f"slurm.setup[{at}]", line)
     interface = slurm.network_interface
     rule = "must be the name of an interface, or a list of names"
     check(interface is None or _INTERFACE.fullmatch(interface), "slurm.network_interface", rule, value=interface)
     port = slurm.master_port
     check(port is None or 1024 <= port <= 65535, "slurm.master_port", "must be from 1024 to 65535", value=port)
     check("%" not in (slurm.folder or ""), "slurm.folder", "must hold no %", value=slurm.folder)
+    seconds = seconds_of(job.resources.time or "")
+    rule = (
+        f"is not longer than grace_seconds and {LEAVE_SECONDS} s to leave: every start would end before its first step"
+    )
+    fix = "a longer time, or smaller grace_seconds"
+    short = seconds is not None and job.grace_seconds <= seconds <= job.grace_seconds + LEAVE_SECONDS
+    check(not short, "resources.time", rule, fix, job.resources.time)
     _check_gpus(job, slurm, check)
     _check_container(job, slurm, check)
     return problems
@@ -141,9 +192,30 @@ def check_slurm(job: JobFile, slurm: SlurmSettings) -> list[Problem]:
 def _check_option(check: Checks, name: str) -> None:
     subject = f"slurm.sbatch.{name}"
     check(_OPTION.fullmatch(name), subject, "must be a long option of sbatch without its dashes", value=name)
-    own = _OWN_OPTIONS.get(name)
-    check(own is None, subject, "has a setting of its own", f"set {own}")
-    check(name not in _FORBIDDEN, subject, "would undo how the job is started and queued again", "remove it")
+    if name in _NO_ABBREVIATIONS:
+        return
+    own = next((option for option in _OWN_OPTIONS if _means(name, option)), None)
+    undone = next((option for option in _FORBIDDEN if _means(name, option)), None)
+    if undone and own != name:
+        rule = "would undo how the job is started and queued again"
+        check(False, subject, rule if undone == name else f"is read as {undone}, which {rule}", "remove it")
+    elif own:
+        rule = "has a setting of its own"
+        check(False, subject, rule if own == name else f"is read as {own}, which {rule}", f"set {_OWN_OPTIONS[own]}")
+
+
+def _means(name: str, option: str) -> bool:
+    """Slurm takes an option's beginning for the option."""
+    return name != "" and option.startswith(name)
+
+
+def _check_srun(check: Checks, subject: str, text: str) -> None:
+    short = text.startswith("-") and not text.startswith("--")
+    check(not short, subject, "must be a long option, or the value of one", "write its long name", text)
+    name = text.removeprefix("--").partition("=")[0]
+    undone = next((option for option in _SRUN_FORBIDDEN if text.startswith("--") and _means(name, option)), None)
+    rule = f"{undone} is set by the script, or would undo how the job is started"
+    check(undone is None and text != "--", subject, rule, "remove it", text)
 
 
 def _check_gpus(job: JobFile, slurm: SlurmSettings, check: Checks) -> None:

@@ -16,6 +16,8 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from sft_job.contract import Env, ExitCode, RunFolder
 from sft_job.errors import JobError, Problem, raise_problems
 from sft_job.jobfile.load import LoadedJob, load_job
+from sft_job.jobfile.mounts import Mount, check_path
+from sft_job.jobfile.run import Copy, copy_for, look_at_run
 from sft_job.jobfile.schema import JobFile
 from sft_job.jobfile.validate import secret_problems
 from sft_job.submissions import record
@@ -23,7 +25,7 @@ from slurm.allocation import Allocation
 from slurm.containers import Setting, job_command, job_environ
 from slurm.ends import Ends
 from slurm.plan import FIRST_PREFLIGHT, NO_PREFLIGHT, ONLY_PREFLIGHT, Plan, make_plan
-from slurm.render import log_path, make_executor, render
+from slurm.render import left_out, log_path, make_executor, render
 from slurm.requeue import joint_code
 from slurm.settings import SlurmSettings, check_slurm
 from slurm.task import job_variables, run_node
@@ -56,20 +58,27 @@ def submit_job(
         JobError: what is wrong with the job file (2), or why it could not be submitted (2, 73).
     """
     loaded = load_job(path, overrides, "slurm", SlurmSettings, check_slurm)
-    raise_problems(_place_problems(loaded, environ))
     job, block = loaded.job, loaded.block
     plan = make_plan(job, block, Path.cwd(), sys.executable, ONLY_PREFLIGHT if preflight else None)
+    plan, copy = _with_run(loaded, plan, environ, show)
+    without = left_out(environ)
+    if without:
+        show(f"not passed on, because sbatch would take it before what the job file says: {', '.join(without)}")
     if dry_run:
         show(f"# sbatch script\n{render(job, block, plan)}\n{plan_text(job, plan)}")
         return ExitCode.DONE
     if shutil.which("sbatch") is None:
         raise JobError(ExitCode.CONFIG, "sbatch is not on PATH\n    fix: submit on a login node of the Slurm cluster")
-    job_id = _submit(job, block, plan)
+    job_id = _submit(job, block, plan, copy, without)
     log = log_path(plan, job_id)
     show(f"submitted job {job_id} ({job.name}): {job.resources.nodes} node(s), {job.ranks_per_node} rank(s) on each")
     show(f"log: {log}")
     if preflight:
-        return wait_for_preflight(plan, job_id, job.resources.nodes, show)
+        try:
+            return wait_for_preflight(plan, job_id, job.resources.nodes, show)
+        except KeyboardInterrupt:
+            show(_cancel(job_id))
+            return ExitCode.STOPPED
     run = RunFolder(Path(plan.checkpoint_dir) / "sft")
     show(f"run folder: {run.root}")
     try:
@@ -85,9 +94,7 @@ def submit_job(
 
 def plan_text(job: JobFile, plan: Plan) -> str:
     """What happens on each node, for people."""
-    hosts = tuple(f"NODE{node}" for node in range(job.resources.nodes))
-    here = Allocation("JOBID", 0, 0, hosts, None)
-    variables = job_variables(dataclasses.replace(plan, master_port=plan.master_port or 1), here, {})
+    variables = _variables(job, plan, {})
     if plan.master_port is None and Env.MASTER_PORT in variables:
         variables[Env.MASTER_PORT] = "(from the job's id)"
     setting = Setting(plan, variables, "JOBID", 0, "NODE0", "UID:GID")
@@ -104,18 +111,56 @@ def plan_text(job: JobFile, plan: Plan) -> str:
         f"run folder: {plan.checkpoint_dir}/sft",
         f"log of node 0: {log_path(plan, 'JOBID')}",
         f"queued again after: {limits}",
+        f"without a new checkpoint: {'no limit' if plan.fruitless is None else f'{plan.fruitless} starts in a row'}",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _place_problems(loaded: LoadedJob[SlurmSettings], environ: Mapping[str, str]) -> list[Problem]:
+def _variables(job: JobFile, plan: Plan, environ: Mapping[str, str]) -> dict[str, str]:
+    """What the job will see on node 0, as far as that is known before there are nodes."""
+    hosts = tuple(f"NODE{node}" for node in range(job.resources.nodes))
+    here = Allocation("JOBID", 0, 0, hosts, None)
+    return job_variables(dataclasses.replace(plan, master_port=plan.master_port or 1), here, environ)
+
+
+def _with_run(
+    loaded: LoadedJob[SlurmSettings], plan: Plan, environ: Mapping[str, str], show: Show
+) -> tuple[Plan, Copy]:
+    """Look at everything that can be looked at here; the plan with a copy of the run's config in place of the file.
+
+    Raises:
+        ProblemsError: what is wrong.
+    """
+    config = Path(plan.config)
+    problems = _place_problems(loaded, plan, environ)
+    if config.is_file():
+        at = loaded.origin("overrides")
+        variables = _variables(loaded.job, plan, environ)
+        found, here = look_at_run(config, plan.overrides, variables, plan.gpus_per_node, at)
+        problems += found
+        for each in here:
+            show(f"only the nodes can tell: {each.origin}: {each.subject}: {each.rule}")
+    raise_problems(problems)
+    try:
+        copy = copy_for(config, Path(plan.folder))
+    except OSError as error:
+        raise JobError(ExitCode.CONFIG, f"{config} cannot be read: {error.strerror or error}") from error
+    mounts = list(plan.mounts)
+    if plan.container != "none" and not config.is_relative_to(plan.checkpoint_dir):
+        # What else lies in its folder, such as a chat template, the container sees as before.
+        mounts.insert(0, str(Mount(str(config.parent), str(config.parent))))
+    return dataclasses.replace(plan, config=str(copy.path), mounts=mounts), copy
+
+
+def _place_problems(loaded: LoadedJob[SlurmSettings], plan: Plan, environ: Mapping[str, str]) -> list[Problem]:
     """What is wrong here and now: files that are not there, secrets that are not set, or stand where they must not."""
     job = loaded.job
     problems = [*secret_problems(job, "", environ), *secret_problems(loaded.block, "slurm", environ)]
-    config = Path(job.config).expanduser()
-    if not config.is_file():
+    if not Path(plan.config).is_file():
         rule, fix = "there is no such file", "correct the path; a relative one begins at the folder in which you submit"
         problems.append(Problem(ExitCode.CONFIG, "config", rule, fix, job.config))
+    if plan.container != "none":
+        problems += _mount_problems(plan)
     for at, name in enumerate(job.secrets):
         if not environ.get(name):
             rule, fix = "this variable is not set here", f"export {name}=..., or take it out of the list"
@@ -123,17 +168,37 @@ def _place_problems(loaded: LoadedJob[SlurmSettings], environ: Mapping[str, str]
     return [dataclasses.replace(problem, origin=loaded.origin(problem.subject)) for problem in problems]
 
 
-def _submit(job: JobFile, block: SlurmSettings, plan: Plan) -> str:
+def _mount_problems(plan: Plan) -> list[Problem]:
+    """The container sees these folders under their own names, which mounts must be able to say."""
+    problems: list[Problem] = []
+    for subject, path in (
+        ("config", plan.config),
+        ("checkpoint_dir", plan.checkpoint_dir),
+        ("slurm.folder", plan.folder),
+    ):
+        try:
+            check_path(path)
+        except ValueError as error:
+            fix = "another path; a relative one begins at the folder in which you submit"
+            problems.append(Problem(ExitCode.CONFIG, subject, f"is mounted into the container: {error}", fix, path))
+    return problems
+
+
+def _submit(job: JobFile, block: SlurmSettings, plan: Plan, copy: Copy, without: Sequence[str]) -> str:
     folder = Path(plan.folder)
     try:
         Path(plan.checkpoint_dir).mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.stat().st_mode & 0o077:  # it was there; scripts and logs are the owner's alone
+            folder.chmod(0o700)
+        copy.write()
     except OSError as error:
         raise JobError(
-            ExitCode.CANNOT_CREATE, f"{folder} cannot be made: {error}\n    fix: another checkpoint_dir or slurm.folder"
+            ExitCode.CANNOT_CREATE,
+            f"{folder} cannot be made, or made yours alone: {error}\n    fix: another checkpoint_dir or slurm.folder",
         ) from error
     try:
-        return make_executor(job, block, plan).submit(run_node, plan.values()).job_id
+        return make_executor(job, block, plan, without).submit(run_node, plan.values()).job_id
     except FailedJobError as error:
         said = [line for line in str(error).splitlines() if line.startswith("sbatch:")] or str(error).splitlines()[-1:]
         lines = "".join(f"\n    {line}" for line in said)
@@ -161,16 +226,33 @@ def wait_for_preflight(plan: Plan, job_id: str, nodes: int, show: Show) -> int:
                 show(whole.decode("utf-8", errors="replace").rstrip("\n"))
         if len(found) == nodes:
             return joint_code(found)
-        if gone_at is None and not _is_queued(job_id):
+        if _is_queued(job_id):
+            gone_at = None
+        elif gone_at is None:
             gone_at = time.monotonic()
         if gone_at is not None and time.monotonic() - gone_at > _GONE_SECONDS:
             raise JobError(ExitCode.LOST, f"job {job_id} ended without a word from every node\n    log: {log}")
 
 
 def _is_queued(job_id: str) -> bool:
+    """Whether the job may still come to its end; a controller that does not answer says nothing of it."""
     command = ["squeue", "--noheader", f"--jobs={job_id}", "--states=PENDING,CONFIGURING,RUNNING,COMPLETING,SUSPENDED"]
     try:
         asked = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return True
-    return asked.returncode == 0 and bool(asked.stdout.strip())
+    if asked.returncode != 0:
+        return "Invalid job id" not in asked.stderr
+    return bool(asked.stdout.strip())
+
+
+def _cancel(job_id: str) -> str:
+    """Cancel the job; a line for the user."""
+    try:
+        done = subprocess.run(["scancel", job_id], capture_output=True, text=True, timeout=60, check=False)
+        said = done.stderr.strip() if done.returncode else ""
+    except (OSError, subprocess.TimeoutExpired) as error:
+        said = str(error)
+    return (
+        f"job {job_id} is not cancelled ({said})\n    fix: scancel {job_id}" if said else f"job {job_id} is cancelled"
+    )

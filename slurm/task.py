@@ -17,8 +17,9 @@ from typing import Any
 
 from sft_job.contract import DEFAULT_CONFIG_NAME, STOP_SIGNALS, Env, ExitCode, RunFolder, step_of
 from sft_job.jobfile.validate import OURS
+from sft_job.processes import kill_tree
 from sft_job.streams import say
-from sft_job.submissions import note_requeue
+from sft_job.submissions import note_judgement, note_requeue
 from slurm.allocation import Allocation, read_allocation
 from slurm.containers import Setting, job_command, job_environ, removal_command
 from slurm.controller import job_state, queue_again
@@ -29,19 +30,25 @@ from slurm.requeue import (
     Restart,
     Verdict,
     code_of,
+    counts_of,
     joint_code,
     judge,
     read_restarts,
     with_unseen,
     write_restarts,
 )
+from slurm.settings import KILL_SECONDS, LEAVE_SECONDS
 
 _POLL_SECONDS = 0.2
 _GATHER_SECONDS = 20.0
 """How long the end of this node waits for those of the others."""
+_ANSWER_SECONDS = 5.0
+"""Kept before the time limit, to queue again."""
+_DIE_SECONDS = 2.0
+"""How long a killed child is waited for: one that waits for a dead file server cannot die."""
 _REMOVE_SECONDS = 60
-_EARLY_SECONDS = 90.0
-"""Slurm's warning comes so long before the job's grace at the most: time to leave, and up to a minute."""
+_EARLY_SECONDS = 75.0
+"""Slurm's warning comes so long before we ask at the most: up to a minute, and some seconds."""
 
 
 def run_node(values: Mapping[str, Any]) -> None:
@@ -101,6 +108,9 @@ class Node:
             self._tell(verdict.why)
             if verdict.cause is not None:
                 self._queue_again(verdict)
+            # A job that was refused because another one holds the run folder has nothing to say there.
+            elif self._plan.preflight != ONLY_PREFLIGHT and verdict.code != ExitCode.CANNOT_CREATE:
+                self._note(verdict.why, self._restarts())
         return verdict.code
 
     def _run_verbs(self) -> int:
@@ -133,26 +143,50 @@ class Node:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._listener.passes_to(child)
         peers = Peers(self._ends, self._here.node)
-        while child.poll() is None:
+        killed_at: float | None = None
+        while child.poll() is None and (killed_at is None or time.monotonic() < killed_at + _DIE_SECONDS):
             time.sleep(_POLL_SECONDS)
             self._look_at_the_clock()
             number = peers.wish(time.monotonic(), self._plan.grace_seconds)
             if number is not None:
                 self._tell(f"another node ended with {peers.code}: this one's job is sent {number.name}")
+            elif killed_at is None and self._is_late():
+                self._tell("the time limit is here and the job has not left: it is killed")
+                number = signal.SIGKILL
+            if number == signal.SIGKILL:
+                killed_at = time.monotonic()
+                self._kill(child)
+            elif number is not None:
                 with contextlib.suppress(ProcessLookupError):
                     child.send_signal(number)
         self._listener.passes_to(None)
+        if child.returncode is None:
+            return int(ExitCode.LOST)
         return code_of(child.returncode, self._listener.asked)
+
+    def _kill(self, child: subprocess.Popen[bytes]) -> None:
+        """Kill what was started: the ranks have sessions of their own, and a container is nobody's child."""
+        kill_tree(child.pid)
+        command = removal_command(self._setting)
+        if command is not None:  # not waited for: what is left of the time is for the requeue
+            with contextlib.suppress(OSError):
+                subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+
+    def _is_late(self) -> bool:
+        """Whether the job must be gone by now, so that it can be queued again before Slurm ends it."""
+        end = self._here.end_time
+        return end is not None and self._clock() >= end - KILL_SECONDS
 
     def _look_at_the_clock(self) -> None:
         """Ask the job to save when its time is nearly over, or when Slurm warns of something else.
 
         Node 0 alone does: its ranks tell the others'. Slurm's warning of the time limit is early, and comes at the
-        start of a job whose whole time is short; the clock is exact.
+        start of a job whose whole time is short; the clock is exact. A preflight alone has nothing to save, and a time
+        that the job's grace may fill.
         """
-        if self._here.node != 0:
+        if self._here.node != 0 or self._plan.preflight == ONLY_PREFLIGHT:
             return
-        end, grace = self._here.end_time, self._plan.grace_seconds
+        end, grace = self._here.end_time, self._plan.grace_seconds + LEAVE_SECONDS
         if end is not None and self._clock() >= end - grace and not self._listener.asked.any:
             self._tell("the time limit is near: the job saves and leaves")
             self._listener.ask_to_save(limit=True)
@@ -167,8 +201,11 @@ class Node:
 
     def _gather(self) -> dict[int, int]:
         """The ends of all nodes, or of those that are known after a while."""
-        deadline = time.monotonic() + _GATHER_SECONDS
-        while len(ends := self._ends.all()) < self._here.nodes and time.monotonic() < deadline:
+        began, end = self._clock(), self._here.end_time
+        deadline = began + _GATHER_SECONDS
+        if end is not None and began < end:
+            deadline = min(deadline, end - _ANSWER_SECONDS)
+        while len(ends := self._ends.all()) < self._here.nodes and self._clock() < deadline:
             time.sleep(_POLL_SECONDS)
         return ends
 
@@ -179,11 +216,12 @@ class Node:
         return judge(
             code,
             self._listener.asked,
-            over=self._here.end_time is not None and self._clock() >= self._here.end_time - 1,
+            over=self._is_late(),
             preempted=self._preempted(),
             step=self._step(),
             restarts=self._restarts(),
             retries=self._plan.retries,
+            fruitless=self._plan.fruitless,
         )
 
     def _preempted(self) -> bool:
@@ -206,11 +244,18 @@ class Node:
     def _queue_again(self, verdict: Verdict) -> None:
         """Write down why, and queue the job again."""
         before = self._restarts()
-        self._write((*before, Restart(self._here.start, str(verdict.cause), verdict.code, self._step())))
+        after = (*before, Restart(self._here.start, str(verdict.cause), verdict.code, self._step()))
+        self._write(after)
+        self._note(verdict.why, after)
         if queue_again(self._here.job_id, self._here.start, self._tell):
             note_requeue(self._run, "slurm", self._here.job_id)
         else:
             self._write(before)
+            self._note(f"{verdict.why}; but it was not (see the log of node 0)", before)
+
+    def _note(self, why: str, restarts: tuple[Restart, ...]) -> None:
+        """For who looks at the run folder: here nobody knows Slurm."""
+        note_judgement(self._run, "slurm", self._here.job_id, self._here.start, why, counts_of(restarts))
 
     def _write(self, restarts: tuple[Restart, ...]) -> None:
         try:
@@ -250,9 +295,11 @@ def job_variables(plan: Plan, here: Allocation, environ: Mapping[str, str]) -> d
         Env.NODE_RANK: str(here.node),
         Env.JOB_ID: here.job_id,
     }
+    if plan.gpus_per_node:
+        variables[Env.GPUS_PER_NODE] = str(plan.gpus_per_node)
     if here.nodes > 1:
         variables[Env.MASTER_ADDR] = here.hosts[0]
         variables[Env.MASTER_PORT] = str(plan.master_port or here.port)
     if here.end_time is not None:
-        variables[Env.END_TIME] = repr(here.end_time)
+        variables[Env.END_TIME] = repr(here.end_time - KILL_SECONDS)
     return variables

@@ -91,7 +91,10 @@ def read_text(path: Path) -> str:
         with path.open("rb") as stream:
             data = stream.read(_MAX_BYTES + 1)
     except OSError as error:
-        raise UnreadableYamlError(f"cannot be read: {error.strerror or error}", "check its permissions") from error
+        fix = {errno.ENOENT: "correct the path", errno.EISDIR: "name the file in it"}.get(
+            error.errno or 0, "check its permissions"
+        )
+        raise UnreadableYamlError(f"cannot be read: {error.strerror or error}", fix) from error
     if len(data) > _MAX_BYTES:
         raise UnreadableYamlError(f"is larger than {_MAX_BYTES:,} bytes", "name the config's YAML file")
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):

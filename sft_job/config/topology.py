@@ -57,6 +57,11 @@ def count_gpus(environ: Mapping[str, str], dev: Path = Path("/dev")) -> int:
     return count
 
 
+def asked_gpus(environ: Mapping[str, str]) -> int:
+    """GPUs on each node that the launcher asked for; 0 where it says nothing."""
+    return _whole(environ.get(Env.GPUS_PER_NODE, "").strip()) or 0
+
+
 def read_topology(environ: Mapping[str, str], gpu_count: int) -> tuple[Topology, list[Problem]]:
     """Read ranks and nodes from ``NPROC_PER_NODE``, ``NNODES``, ``NODE_RANK``, ``MASTER_ADDR``, ``MASTER_PORT``.
 

@@ -33,6 +33,16 @@ def parse_mount(text: str) -> Mount:
     mode = parts.pop() if len(parts) > 1 and parts[-1] in ("ro", "rw") else "ro"
     if len(parts) > 2 or not all(part.startswith("/") for part in parts):
         raise ValueError("must be /path or /path:/path/in/container, with :ro (the default) or :rw behind it")
-    if any(character in text for character in ",\\\"'") or any(".." in part.split("/") for part in parts):
-        raise ValueError("must be plain absolute paths, without commas, quotes, backslashes and ..")
+    for part in parts:
+        check_path(part)
     return Mount(parts[0], parts[-1], mode == "rw")
+
+
+def check_path(path: str) -> None:
+    """Refuse an absolute path that could not be mounted, or would mount something else besides.
+
+    Raises:
+        ValueError: the message is the rule.
+    """
+    if any(character in path for character in ":,\\\"'") or ".." in path.split("/"):
+        raise ValueError("must be plain absolute paths, without colons, commas, quotes, backslashes and ..")

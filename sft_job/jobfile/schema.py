@@ -38,6 +38,11 @@ class Retries:
     """After it had to make room for others; null = as often as it takes."""
     losses: int | None = 10
     """After a rank or node was lost (exit code 137); null = as often as it takes."""
+    without_checkpoint: int | None = 20
+    """Starts in a row, whatever ended them, that may leave no new checkpoint; null = as many as it takes.
+
+    Many, because a preemption may come before a start could make a step.
+    """
 
 
 @dataclass

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from typing import Any, cast
 
-from sft_job.config.fields import fields_of, value_at
+from sft_job.config.fields import fields_of, leaf_fields, value_at
 from sft_job.config.secrets import SecretMask
+from sft_job.config.verl import ALIASES, FOREIGN
 from sft_job.contract import Env, ExitCode
 from sft_job.errors import Problem
 from sft_job.jobfile.mounts import parse_mount
@@ -18,6 +19,10 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _IMAGE = re.compile(r"[A-Za-z0-9/._:@#+~%=-]+")
 # C0, DEL, C1 and the two line separators: each begins a line or moves a cursor somewhere.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+# ``export NAME=value``, ``--env=NAME=value``, ``ALL,NAME='a value'``.
+_ASSIGNMENT = re.compile(
+    r"""(?<![A-Za-z0-9_])(?P<name>[A-Za-z_][A-Za-z0-9_]*)\+?=(?=(?P<value>"[^"]*"|'[^']*'|[^\s,;&|"']*))"""
+)
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
 _OURS = (
     Env.CONFIG_PATH,
@@ -30,6 +35,7 @@ _OURS = (
     Env.MASTER_PORT,
     Env.JOB_ID,
     Env.END_TIME,
+    Env.GPUS_PER_NODE,
     "RANK",
     "LOCAL_RANK",
     "WORLD_SIZE",
@@ -53,6 +59,7 @@ def validate(job: JobFile) -> list[Problem]:
     for at, each in enumerate(job.overrides):
         key, equals, _ = each.partition("=")
         check(equals and key.strip(), f"overrides[{at}]", "must have the form key=value", value=each)
+        check_assignments(check, f"overrides[{at}]", each, _names_of_settings())
     for at, each in enumerate(job.mounts):
         try:
             parse_mount(each)
@@ -76,10 +83,11 @@ def validate(job: JobFile) -> list[Problem]:
     check.at_least(1, "grace_seconds", job.grace_seconds)
     for name in ("timeouts", "preemptions", "losses"):
         check.at_least(0, f"retries.{name}", getattr(job.retries, name))
+    check.at_least(1, "retries.without_checkpoint", job.retries.without_checkpoint)
     if numbers.time is not None and seconds_of(numbers.time) is None:
         check(False, "resources.time", "must be minutes, HH:MM:SS or DAYS-HH:MM:SS", "24:00:00", numbers.time)
-    elif numbers.time is not None and (seconds_of(numbers.time) or 0) < job.grace_seconds:
-        rule = f"is shorter than grace_seconds ({job.grace_seconds} s): every start would end before its first step"
+    elif numbers.time is not None and (seconds_of(numbers.time) or 0) <= job.grace_seconds:
+        rule = f"is not longer than grace_seconds ({job.grace_seconds} s): every start would end before its first step"
         check(False, "resources.time", rule, "a longer time, or smaller grace_seconds", numbers.time)
     return problems
 
@@ -90,11 +98,35 @@ def _check_environment(job: JobFile, check: Checks) -> None:
         rule = "a variable's name is letters, digits and _"
         check(_VARIABLE.fullmatch(name), subject, rule, value=name)
         check(name not in OURS, subject, "the launcher sets this variable itself", "remove it; resources say it")
-        secret = SecretMask({name: value}).text(value) != value
-        fix = f"list its name: secrets: [{name}], and export {name} where you submit"
-        check(not secret, subject, "looks like a secret, which has no place in a file", fix)
+        _check_secret(check, subject, name, value)
     for at, name in enumerate(job.secrets):
         check(_VARIABLE.fullmatch(name), f"secrets[{at}]", "must be the name of a variable", value=name)
+
+
+def check_assignments(check: Checks, subject: str, text: str, known: Set[str] = frozenset()) -> None:
+    """Refuse a text in which a variable gets a secret as it is; one that is read somewhere (``$(cat ...)``) may stand.
+
+    Args:
+        check: takes the problem.
+        subject: what the text is.
+        text: such as a shell line or an option.
+        known: names that mean something else.
+    """
+    for found in _ASSIGNMENT.finditer(text):
+        name, value = found["name"], found["value"].strip("\"'")
+        if name not in known and not value.startswith(("$", "`")):
+            _check_secret(check, subject, name, value)
+
+
+def _check_secret(check: Checks, subject: str, name: str, value: str) -> None:
+    fix = f"list its name: secrets: [{name}], and export {name} where you submit"
+    secret = SecretMask({name: value}).text(value) != value
+    check(not secret, subject, "looks like a secret, which has no place in a file", fix)
+
+
+def _names_of_settings() -> frozenset[str]:
+    """Last parts of the keys of the run's config: ``data.prompt_key=question`` is none."""
+    return frozenset(key.rpartition(".")[2] for key in (*leaf_fields(), *ALIASES, *FOREIGN))
 
 
 class Checks:

@@ -16,7 +16,7 @@ from sft_job import __version__
 from sft_job.checkpoint.state import flat_config
 from sft_job.config.load import run_folder
 from sft_job.config.schema import JobConfig
-from sft_job.config.topology import Topology, count_gpus
+from sft_job.config.topology import Topology, asked_gpus, count_gpus
 from sft_job.contract import ExitCode
 from sft_job.errors import Problem
 from sft_job.preflight.gpus import Gpu, read_gpus
@@ -59,6 +59,7 @@ class NodeFacts:
         folder: the run folder, as this node names it.
         free: bytes free there; None where that is not known.
         devices: GPUs that its ranks may use.
+        devices_asked: GPUs that the launcher asked for; 0 = none, or it does not say.
         gpus: the same as the driver tells of them; none where nvidia-smi does not answer.
         cuda_fault: why torch cannot use them; '' where it can, or where there are none.
         memory: bytes of host memory.
@@ -80,6 +81,7 @@ class NodeFacts:
     folder: str = ""
     free: int | None = None
     devices: int = 0
+    devices_asked: int = 0
     gpus: tuple[Gpu, ...] = ()
     cuda_fault: str = ""
     memory: int = 0
@@ -120,15 +122,27 @@ def problem_from_wire(fields: Mapping[str, Any]) -> Problem:
     return Problem(ExitCode(fields["code"]), str(fields["subject"]), str(fields["rule"]), str(fields["fix"]))
 
 
-def common_facts(config: JobConfig, topology: Topology, environ: Mapping[str, str]) -> NodeFacts:
-    """What must agree between nodes: software, settings, data and model. Costs a few reads for each file."""
-    data, data_problems = data_marks(config)
-    model, model_problems = model_marks(config)
+def gpu_facts(topology: Topology, environ: Mapping[str, str]) -> NodeFacts:
+    """Where this node stands, and its GPUs: those that are there, and those that were asked for."""
     return NodeFacts(
         node=topology.node_rank,
         host=socket.gethostname(),
         ranks=topology.nproc_per_node,
         nodes=topology.nnodes,
+        devices=count_gpus(environ),
+        devices_asked=asked_gpus(environ),
+    )
+
+
+def common_facts(config: JobConfig, topology: Topology, environ: Mapping[str, str]) -> NodeFacts:
+    """What must agree between nodes (software, settings, data, model) or be there at all (GPUs).
+
+    Costs a few reads for each file.
+    """
+    data, data_problems = data_marks(config)
+    model, model_problems = model_marks(config)
+    return replace(
+        gpu_facts(topology, environ),
         versions=versions(environ),
         settings=flat_config(config),
         data=data,
@@ -163,7 +177,6 @@ def all_facts(
         folder=str(folder),
         token=token,
         free=free,
-        devices=count_gpus(environ),
         gpus=_visible(read_gpus(), environ),
         memory=memory.get("MemTotal", 0),
         memory_free=memory.get("MemAvailable", 0),

@@ -63,6 +63,7 @@ def judge(
 def judge_start(nodes: Nodes, unseen: Mapping[int, Mapping[int, str]], network: Network) -> list[Check]:
     """The short form, at the start of a run, where the ranks have already met."""
     return [
+        Check("gpus", problems=fewer_gpus(nodes)),
         check_software(nodes),
         check_settings(nodes),
         check_folder(nodes, unseen),
@@ -218,12 +219,36 @@ def check_space(nodes: Nodes, needed: Space | None) -> Check:
     return Check("space", text, problems=(problem,))
 
 
+def fewer_gpus(nodes: Nodes) -> tuple[Problem, ...]:
+    """Nodes that show fewer GPUs than the launcher asked for: ranks would run on the CPU, or not at all.
+
+    Where no node shows one the image or the driver is at fault, or the request: the same the next time (2). Else GPUs
+    are lost (137).
+    """
+    if nodes and all(node.devices_asked and not node.devices for node in nodes):
+        fix = "has the container the devices (nvidia-container-toolkit, --nv), and the job the GPUs?"
+        rule = f"shows no GPU; {nodes[0].devices_asked} were asked for (CUDA_VISIBLE_DEVICES counts, too)"
+        return (Problem(ExitCode.CONFIG, _names(nodes), rule, fix),)
+    return tuple(
+        Problem(
+            ExitCode.LOST,
+            node.name,
+            f"shows {node.devices or 'no'} GPU{'' if node.devices == 1 else 's'}; {node.devices_asked} were asked for",
+            "take this node out: its GPUs are lost (nvidia-smi, dmesg); or CUDA_VISIBLE_DEVICES hides some",
+        )
+        for node in nodes
+        if node.devices < node.devices_asked
+    )
+
+
 def check_gpus(nodes: Nodes, faults: Mapping[int, str]) -> Check:
     """GPUs and driver as torch needs them, each of them computes, and they are the same everywhere."""
     fix = "take its node out of the allocation, or ask its administrator: nvidia-smi -q, dmesg"
     problems = [
         Problem(ExitCode.LOST, f"rank {rank}", f"its GPU fails: {fault}", fix) for rank, fault in faults.items()
     ]
+    fewer = fewer_gpus(nodes)
+    problems += fewer
     notes: list[str] = []
     kinds = {node.node: (node.devices, *sorted({gpu.name for gpu in node.gpus})) for node in nodes}
     counts = {node.devices for node in nodes}
@@ -231,7 +256,7 @@ def check_gpus(nodes: Nodes, faults: Mapping[int, str]) -> Check:
         if node.cuda_fault:
             rule, fix = f"torch cannot use its GPUs: {node.cuda_fault}", "a driver as new as torch's CUDA, or its image"
             problems.append(Problem(ExitCode.CONFIG, node.name, rule, fix))
-        if 0 in counts and len(counts) > 1 and not node.devices:
+        if 0 in counts and len(counts) > 1 and not node.devices and not fewer:
             rule = f"shows no GPU; others show {max(counts)}"
             problems.append(Problem(ExitCode.LOST, node.name, rule, "take this node out: its GPUs are lost"))
         for gpu in node.gpus:

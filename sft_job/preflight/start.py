@@ -15,15 +15,17 @@ from sft_job.config.load import run_folder
 from sft_job.config.schema import JobConfig
 from sft_job.config.topology import Topology
 from sft_job.errors import raise_problems
-from sft_job.preflight.facts import common_facts, from_wire, to_wire
+from sft_job.preflight.facts import common_facts, from_wire, gpu_facts, to_wire
 from sft_job.preflight.findings import Check, Network
-from sft_job.preflight.judge import judge_start
+from sft_job.preflight.judge import fewer_gpus, judge_start
 from sft_job.preflight.shared import Token, own_token, unseen
 from sft_job.runtime import Runtime
 
 
 def compare_nodes(config: JobConfig, runtime: Runtime, environ: Mapping[str, str]) -> None:
-    """Compare the nodes of a run before it loads weights, unless ``trainer.preflight`` is off (a collective call).
+    """Count the GPUs and compare the nodes of a run before it loads weights (a collective call).
+
+    Nothing is done where ``trainer.preflight`` is off.
 
     Rank 0 shows what is allowed but perhaps not meant.
 
@@ -33,14 +35,18 @@ def compare_nodes(config: JobConfig, runtime: Runtime, environ: Mapping[str, str
         environ: environment variables of the rank.
 
     Raises:
-        ProblemsError: on all ranks alike: software or settings differ (2), data (65) or model (66) differ or cannot be
-            read, the run folder is not shared or cannot be written (73).
+        ProblemsError: on all ranks alike: nodes show fewer GPUs than were asked for (137; 2 where none shows any),
+            software or settings differ (2), data (65) or model (66) differ or cannot be read, the run folder is not
+            shared or cannot be written (73).
     """
     per_node = int(environ.get("LOCAL_WORLD_SIZE", runtime.world))
     nodes = runtime.world // per_node
-    if not config.trainer.preflight or nodes < 2:
+    if not config.trainer.preflight:
         return
     topology = Topology(per_node, nodes, runtime.rank // per_node, environ.get("MASTER_ADDR", ""), None)
+    if nodes < 2:  # there is nothing to compare but what was asked for
+        raise_problems(fewer_gpus([gpu_facts(topology, environ)]))
+        return
     checks = _checks(config, runtime, topology, environ)
     if runtime.is_first:
         console = Console(highlight=False)

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from sft_job.contract import ExitCode, RunFolder, step_of
 from sft_job.outcome import last_outcome, last_refusal, newest_state, result_folder
 from sft_job.starts import read_starts
 from sft_job.status.life import Life
-from sft_job.submissions import Requeue, Submission, read_requeue
+from sft_job.submissions import Judgement, Requeue, Submission, read_judgement, read_requeue
 
 _TAIL_BYTES = 256 * 1024
 _RATE_LINES = 20
@@ -84,6 +84,7 @@ class RunStatus:
         without_progress: starts in a row that made no new step: cause and message.
         refusal: code, reason, message and time of a later start that did nothing.
         requeue: the launcher's word that the job waits.
+        judgement: what the launcher made of the newest end that it saw, and its counts.
         submission: the launcher's job.
         logs: folder of the run's logs.
         launcher_logs: files that the launcher's job has written.
@@ -117,6 +118,7 @@ class RunStatus:
     without_progress: tuple[Mapping[str, str], ...] = ()
     refusal: Mapping[str, Any] | None = None
     requeue: Requeue | None = None
+    judgement: Judgement | None = None
     submission: Submission | None = None
     logs: str = ""
     launcher_logs: tuple[str, ...] = ()
@@ -148,6 +150,7 @@ def read_status(run: RunFolder, life: Life, submission: Submission | None = None
     starts = read_starts(run.starts)
     code = _number(outcome, "code")
     launcher_logs = _launcher_logs(submission)
+    judgement = read_judgement(run)
     return RunStatus(
         run=str(run.root),
         state=state,
@@ -176,6 +179,7 @@ def read_status(run: RunFolder, life: Life, submission: Submission | None = None
         without_progress=tuple({"cause": s.cause, "message": s.message} for s in (starts.failed if starts else ())),
         refusal=None if refusal is None else {**refusal, "message": _clean(str(refusal["message"]))},
         requeue=requeue if state == "waiting" else None,
+        judgement=None if judgement is None else replace(judgement, why=_clean(judgement.why)),
         submission=submission,
         logs=str(run.logs),
         launcher_logs=tuple(map(str, launcher_logs)),

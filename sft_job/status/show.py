@@ -52,6 +52,7 @@ def rows(status: RunStatus) -> list[tuple[str, Text]]:
     if status.result:
         found.append(("result", Text(status.result)))
     found += _restarts(status)
+    found += _judgement(status)
     if status.message and status.state not in ("running", "done"):
         found.append(("message", _block(status.message.splitlines())))
     if status.refusal is not None:
@@ -98,7 +99,8 @@ def _advice(status: RunStatus) -> str:
             f"{held}, but was still for {status.watched:.0f} s: its host is lost, or its file server slow; look again"
         )
     if status.state == "waiting":
-        return f"queued again: {status.requeue}"
+        ask = f" ({status.submission.ask})" if status.submission and status.submission.ask else ""
+        return f"queued again: {status.requeue}\nonly its launcher knows whether it was cancelled there since{ask}"
     place = f"from step {status.checkpoint.step}" if status.checkpoint else "from the start"
     again = f"run it again, or let its launcher do so: it goes on {place}"
     if status.state == "lost" and status.code is None:
@@ -170,6 +172,17 @@ def _restarts(status: RunStatus) -> list[tuple[str, Text]]:
         head = f"the last {len(lines)} starts made no new step" if len(lines) > 1 else "the last start made no new step"
         found.append(("", _block([head, *(f"  {line}" for line in lines[-_RESTARTS_SHOWN:])])))
     return found
+
+
+def _judgement(status: RunStatus) -> list[tuple[str, Text]]:
+    """What the launcher made of the end of its job, and how often it queued it again after what."""
+    found = status.judgement
+    if found is None:
+        return []
+    lines = [f"{found}, {_clock(found.at)}", *found.why.splitlines()]
+    if found.counts:
+        lines.append(f"queued again after: {', '.join(f'{cause} {number}' for cause, number in found.counts.items())}")
+    return [("launcher", _block(lines))]
 
 
 def _refusal(status: RunStatus) -> Text:

@@ -43,7 +43,7 @@ def test_preempted_by_the_urgent_partition(slurm_run: Make, undisturbed: Alone) 
 
 @pytest.mark.alone
 def test_stopped_by_a_limit_of_one_minute_twice(slurm_run: Make, undisturbed: Alone) -> None:
-    run = slurm_run(settings={"resources": {"time": 1}, "environment": {"TEST_PACE": "1.6"}, "grace_seconds": 8})
+    run = slurm_run(settings={"resources": {"time": 1}, "environment": {"TEST_PACE": "1.1"}, "grace_seconds": 8})
     run.submit()
     run.wait_end(400)
     found = run.restarts()

@@ -20,12 +20,16 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 def test_two_nodes_leave_what_one_machine_leaves(
     slurm_run: Callable[..., SlurmRun], undisturbed: Callable[[int], Evidence], ranks: int, tmp_path: Path
 ) -> None:
-    """And shell code in values stays text: an environment variable, a comment for sbatch, a setting of the run."""
-    touched = tmp_path / "touched"
+    """And shell code in values stays text: an environment variable, a comment for sbatch, a setting of the run.
+
+    What a set-up line exports reaches every rank of every node.
+    """
+    touched, seen = tmp_path / "touched", tmp_path / "seen"
+    seen.mkdir()
     odd = f"$(touch {touched}) `touch {touched}` \"q\" 'z' ; touch {touched}"
     run = slurm_run(
         settings={
-            "environment": {"TEST_PACE": "0", "ODD": odd},
+            "environment": {"TEST_PACE": "0", "TEST_SEEN": str(seen), "ODD": odd},
             "slurm": {"sbatch": {"comment": odd}, "setup": ["export FROM_SETUP=here"]},
         },
         overrides=[f"trainer.experiment_name='{odd.replace(chr(39), chr(39) * 2)}'"],
@@ -38,6 +42,7 @@ def test_two_nodes_leave_what_one_machine_leaves(
     assert [path.name for path in run.root.rglob("metrics.jsonl")] == ["metrics.jsonl"]
     assert run.step() == STEPS
     assert not touched.exists()
+    assert {path.name: path.read_text() for path in seen.iterdir()} == {str(rank): "here" for rank in range(2 * ranks)}
     settings = yaml.safe_load((run.run / "logs" / "config.yaml").read_text())
     assert settings["trainer"]["experiment_name"] == odd
     assert odd.split()[1].rstrip(")") in run.cluster.ask("scontrol", "show", "job", run.job_id)
@@ -73,15 +78,20 @@ def test_a_second_job_on_the_same_folder_is_refused_and_scancel_saves(slurm_run:
 
 
 def test_a_config_error_ends_the_job_once(slurm_run: Callable[..., SlurmRun]) -> None:
-    run = slurm_run(overrides=["ulysses_sequence_parallel_size=3", "data.prompt_key=not_there"])
+    refused = slurm_run(overrides=["ulysses_sequence_parallel_size=3"])
+    done = subprocess.run(refused.command(), env=refused.environ(), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "ulysses_sequence_parallel_size = 3" in done.stderr
+    # What only the nodes can tell.
+    run = slurm_run("there", overrides=["model.external_lib=not_there", "data.prompt_key=not_there"])
     run.submit()
     assert run.wait_end() == "FAILED"
     assert (run.exit_code(), run.starts()) == (2, 0)
-    assert "ulysses_sequence_parallel_size = 3" in run.log()
+    assert "model.external_lib = 'not_there'" in run.log()
     assert "exit code 2 would be the same the next time: not queued again" in run.log()
     assert "Traceback" not in run.log()
     status = run.status()
-    assert "ulysses_sequence_parallel_size = 3" in status
+    assert "model.external_lib = 'not_there'" in status
 
 
 def test_preflight_on_the_allocation(slurm_run: Callable[..., SlurmRun]) -> None:

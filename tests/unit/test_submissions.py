@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 
 from sft_job.contract import RunFolder
 from sft_job.errors import ProblemsError
-from sft_job.submissions import Requeue, find, note_requeue, read_requeue, record, state_folder
+from sft_job.submissions import (
+    Requeue,
+    find,
+    note_judgement,
+    note_requeue,
+    read_judgement,
+    read_requeue,
+    record,
+    state_folder,
+)
 
 
 @pytest.fixture
@@ -103,6 +112,20 @@ def test_a_requeue_counts_until_the_outcome_changes(tmp_path) -> None:
     assert read_requeue(run) is None
     (run.logs / "requeued.json").write_text("[]")
     assert read_requeue(run) is None
+
+
+def test_what_is_said_late_of_an_earlier_start_is_not_kept(tmp_path) -> None:
+    run = RunFolder(tmp_path)
+    note_judgement(run, "slurm", "7", 0, "x", {})  # no run folder: nothing to say, nothing raised
+    assert read_judgement(run) is None
+    run.logs.mkdir()
+    for job, start, kept in (("7", 1, "7-1"), ("7", 0, "7-1"), ("7", 2, "7-2"), ("8", 0, "8-0")):
+        note_judgement(run, "slurm", job, start, f"{job}-{start}", {"loss": start})
+        found = read_judgement(run)
+        assert found is not None
+        assert found.why == kept
+    run.launched.write_text('{"counts": 3}')
+    assert read_judgement(run) is None
 
 
 def test_it_loads_neither_torch_nor_the_settings() -> None:

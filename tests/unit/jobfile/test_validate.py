@@ -18,7 +18,12 @@ def subjects(found: JobFile) -> list[str]:
 
 
 def test_a_good_one() -> None:
-    good = job(mounts=["/data:/in:ro"], environment={"A_B": "c d"}, secrets=["WANDB_API_KEY"], overrides=["a.b=c=d"])
+    good = job(
+        mounts=["/data:/in:ro"],
+        environment={"A_B": "c d"},
+        secrets=["WANDB_API_KEY"],
+        overrides=["a.b=c=d", "data.prompt_key=questions", "data.train_files.a.prompt_key=questions"],
+    )
     assert subjects(good) == []
 
 
@@ -49,14 +54,18 @@ def test_a_good_one() -> None:
         ({"environment": {"A": "x\ry"}}, "environment.A"),
         ({"environment": {"WANDB_API_KEY": "0123456789abcdef"}}, "environment.WANDB_API_KEY"),
         ({"environment": {"PLAIN": "hf_abcdefghijklmnopqrstuvwxyz"}}, "environment.PLAIN"),
+        ({"overrides": ["trainer.note='MY_TOKEN=0123456789'"]}, "overrides[0]"),
+        ({"overrides": ["trainer.wandb_api_key=0123456789abcdef"]}, "overrides[0]"),
         ({"secrets": ["A B"]}, "secrets[0]"),
         ({"resources": Resources(nodes=0)}, "resources.nodes"),
         ({"resources": Resources(gpus_per_node=2, ranks_per_node=3)}, "resources.ranks_per_node"),
         ({"resources": Resources(memory_gib=float("nan"))}, "resources.memory_gib"),
         ({"resources": Resources(time="soon")}, "resources.time"),
         ({"resources": Resources(time="1"), "grace_seconds": 90}, "resources.time"),
+        ({"resources": Resources(time="2"), "grace_seconds": 120}, "resources.time"),
         ({"grace_seconds": 0}, "grace_seconds"),
         ({"retries": Retries(losses=-1)}, "retries.losses"),
+        ({"retries": Retries(without_checkpoint=0)}, "retries.without_checkpoint"),
     ],
 )
 def test_what_is_refused(more: dict[str, Any], subject: str) -> None:

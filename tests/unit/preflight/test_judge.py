@@ -91,6 +91,25 @@ def test_what_makes_an_allocation_unfit(change: dict, name: str, code: int, text
 
 
 @pytest.mark.parametrize(
+    ("shown", "code", "text"),
+    [
+        ((0, 0), 2, "node 0 (a), node 1 (b)\n    shows no GPU; 8 were asked for"),
+        ((8, 7), 137, "node 1 (b)\n    shows 7 GPUs; 8 were asked for"),
+        ((8, 0), 137, "node 1 (b)\n    shows no GPUs; 8 were asked for"),
+        ((8, 8), None, ""),
+        ((9, 8), None, ""),
+    ],
+)
+def test_fewer_gpus_than_were_asked_for(shown: tuple[int, int], code: int | None, text: str) -> None:
+    """Without any the ranks would run on the CPU; at the start of a run as in the preflight."""
+    nodes = [replace(each, devices=count, devices_asked=8) for each, count in zip((NODE, OTHER), shown, strict=True)]
+    for checks in (room.judge_start(nodes, {}, NETWORK), list(judged(*nodes).values())):
+        problems = [problem for check in checks for problem in check.problems]
+        assert [problem.code for problem in problems] == ([code] if code else [])
+        assert text in "\n".join(problem.text() for problem in problems)
+
+
+@pytest.mark.parametrize(
     ("change", "name", "text"),
     [
         ({"settings": {**NODE.settings, "trainer.log_freq": 2}}, "settings", "trainer.log_freq"),

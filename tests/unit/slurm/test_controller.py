@@ -61,10 +61,26 @@ def test_a_late_node_asks_for_nothing(scontrol) -> None:
     assert asked.read_text().split() == ["show"]
 
 
-def test_a_controller_that_is_away_is_asked_again(scontrol) -> None:
-    asked = scontrol("exit 1", "echo no contact >&2; exit 1")
+def test_without_an_answer_nothing_is_asked_for(scontrol) -> None:
+    """Slurm may have started the job elsewhere meanwhile."""
+    asked = scontrol("exit 1", "true")
+    said: list[str] = []
+    assert not queue_again("12", 0, said.append, pauses=(0, 0))
+    assert asked.read_text().split() == ["show"] * 2
+    assert said[0] == "scontrol show job 12: no answer"
+    assert "by hand: scontrol requeue 12" in said[-1]
+
+
+def test_a_controller_that_comes_back(scontrol, tmp_path: Path) -> None:
+    answer = f"[ -e {tmp_path}/back ] && echo JobState=RUNNING Restarts=0; touch {tmp_path}/back"
+    asked = scontrol(answer, "true")
+    assert queue_again("12", 0, lambda text: None, pauses=(0, 0))
+    assert asked.read_text().split() == ["show", "show", "requeue"]
+
+
+def test_a_requeue_that_fails_is_asked_for_again(scontrol) -> None:
+    asked = scontrol("echo JobState=RUNNING Restarts=0", "echo no contact >&2; exit 1")
     said: list[str] = []
     assert not queue_again("12", 0, said.append, pauses=(0, 0))
     assert asked.read_text().split() == ["show", "requeue"] * 2
     assert said[0] == "scontrol requeue 12: no contact"
-    assert "by hand: scontrol requeue 12" in said[-1]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,6 @@ def test_golden(name: str) -> None:
 def test_the_text_does_not_depend_on_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     before = text()
     monkeypatch.setenv("SUBMITIT_PREEMPT_SIGNAL", "USR1")
-    monkeypatch.setenv("SBATCH_TIMELIMIT", "1")
     monkeypatch.setenv("WANDB_API_KEY", "c0ffee" * 5)
     assert text() == before
 
@@ -86,15 +86,16 @@ def test_the_warning_comes_before_the_grace() -> None:
 
 
 def test_any_option_of_sbatch(tmp_path: Path) -> None:
-    found = text("slurm.sbatch={reservation: spring, no-heterogeneous: true, comment: \"a 'b' $(c)\"}")
+    found = text("slurm.sbatch={reservation: spring, spread-job: true, comment: \"a 'b' $(c)\"}")
     assert "#SBATCH --reservation=spring\n" in found
-    assert "#SBATCH --no-heterogeneous\n" in found
+    assert "#SBATCH --spread-job\n" in found
     assert """#SBATCH --comment='a '"'"'b'"'"' $(c)'\n""" in found
 
 
 def test_a_preflight_job_is_short_and_ends_once() -> None:
-    found = text(preflight=ONLY_PREFLIGHT)
+    found = text("grace_seconds=900", preflight=ONLY_PREFLIGHT)
     assert "#SBATCH --time=10\n" in found
+    assert "#SBATCH --signal=URG@1\n" in found  # the grace is that of training
     assert "#SBATCH --no-requeue\n" in found
     assert "#SBATCH --requeue\n" not in found
     assert "sft_job.cli preflight /home/me/sft_trainer.yaml\n" in found
@@ -115,12 +116,36 @@ def test_values_reach_no_shell() -> None:
     assert " '/py thon' -P " in script
 
 
-def parameters_of(**more: Any) -> dict[str, Any]:
+@pytest.mark.parametrize(
+    ("settings", "failed"),
+    [
+        ({"setup": ["# a note", "export X='a b'", "true && test \"$X\" = 'a b'"]}, ""),
+        ({"setup": ["true", "false && true 'x'", "touch later"]}, "exit code 1: false && true 'x'"),
+        ({"setup": ["cd nowhere", "touch later"]}, "exit code 1: cd nowhere"),
+        ({"modules": ["cuda/12.8"], "setup": ["touch later"]}, "exit code 127: module load cuda/12.8"),
+        ({}, ""),
+    ],
+)
+def test_a_set_up_line_that_fails_ends_the_job(tmp_path: Path, settings: dict[str, Any], failed: str) -> None:
     job = JobFile("x", "a.yaml", checkpoint_dir="/c")
-    slurm = SlurmSettings(**more)
-    return room.parameters(job, slurm, make_plan(job, slurm, Path("/"), "python"))
+    slurm = SlurmSettings(**settings)
+    (tmp_path / "script").write_text(render(job, slurm, make_plan(job, slurm, Path("/"), "python")))
+    (tmp_path / "srun").write_text("#!/bin/sh\ntouch started\n")
+    (tmp_path / "srun").chmod(0o755)
+    environ = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    done = subprocess.run(["bash", "script"], cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
+    assert (done.returncode, (tmp_path / "started").exists()) == ((2, False) if failed else (0, True))
+    assert f"slurm: this line failed with {failed}\n" in done.stderr or not failed
+    assert not (tmp_path / "later").exists()
 
 
-def test_set_up_lines() -> None:
-    assert parameters_of(modules=["a", "b/1"], setup=["export X=1"])["setup"] == ["module load a b/1", "export X=1"]
-    assert parameters_of()["setup"] is None
+def test_a_path_in_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    job = JobFile("x", "~/a.yaml", checkpoint_dir="~/c", image="~/x.sif")
+    slurm = SlurmSettings(python="~/venv/bin/python", container="apptainer", folder="~/f")
+    plan = make_plan(job, slurm, Path("/"), "python")
+    found = [plan.config, plan.checkpoint_dir, plan.image, plan.python, plan.folder]
+    assert found == [f"/home/me/{name}" for name in ("a.yaml", "c", "x.sif", "venv/bin/python", "f")]
+    odd = JobFile("x", "~nobody-of-that-name/a.yaml", checkpoint_dir="/c", image="docker://a//b")
+    plan = make_plan(odd, SlurmSettings(container="apptainer"), Path("/w"), "python")
+    assert (plan.config, plan.image, plan.python) == ("/w/~nobody-of-that-name/a.yaml", "docker://a//b", "python")

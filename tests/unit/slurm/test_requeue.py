@@ -101,12 +101,34 @@ def test_time_limits_that_are_too_short_end_it(restarts: tuple[Restart, ...], st
     assert (found.code, found.cause is None) == (code, code == 86)
 
 
-def test_a_queue_may_preempt_a_job_before_its_first_step_for_ever() -> None:
-    earlier = tuple(Restart(at, "preemption", 143, None) for at in range(9))
-    assert (
-        judge(143, WARNED, over=False, preempted=False, step=None, restarts=earlier, retries={}).cause
-        == Cause.PREEMPTION
-    )
+def mixed(*causes: str, step: int | None = 8) -> tuple[Restart, ...]:
+    return tuple(Restart(at, cause, 143, None if cause == "scheduler" else step) for at, cause in enumerate(causes))
+
+
+def after(restarts: tuple[Restart, ...], asked: Asked, code: int = 143, step: int | None = 8) -> Verdict:
+    return judge(code, asked, over=False, preempted=False, step=step, restarts=restarts, retries={}, fruitless=6)
+
+
+def test_time_limits_in_vain_count_over_what_lies_between() -> None:
+    """Stops by turns are as endless as stops of one kind."""
+    assert after(mixed("timeout", "preemption", "timeout"), WARNED).cause == Cause.PREEMPTION
+    assert after(mixed("timeout", "preemption", "timeout", "scheduler"), LIMIT).code == ExitCode.NO_PROGRESS
+    assert after(mixed("timeout", "preemption", "timeout"), LIMIT, step=9).cause == Cause.TIMEOUT
+
+
+@pytest.mark.parametrize("step", [8, None])
+def test_starts_without_a_new_checkpoint_end_it(step: int | None) -> None:
+    earlier = mixed("preemption", "loss", "preemption", "scheduler", step=step)
+    assert after(earlier, WARNED, step=step).cause == Cause.PREEMPTION
+    found = after((*earlier, Restart(4, "loss", 137, step)), WARNED, step=step)
+    assert (found.code, found.cause) == (86, None)
+    assert found.why.startswith("6 starts in a row ended without a new checkpoint (loss 2, preemption 3, scheduler 1)")
+    assert after((*earlier, Restart(4, "loss", 137, step)), WARNED, step=9).cause == Cause.PREEMPTION
+
+
+def test_what_slurm_did_before_the_newest_checkpoint_is_not_in_vain() -> None:
+    earlier = (*mixed("preemption", step=4), *mixed("scheduler", "scheduler", "scheduler", "scheduler", "preemption"))
+    assert after(earlier, WARNED).cause == Cause.PREEMPTION
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sft_job.errors import JobError
 from sft_job.submissions import find
+from slurm import submit as room
+from slurm.plan import Plan
 
 CANARY = "c0ffee" * 6
+CONFIG = "data: {train_files: /nodes/data.parquet}\nmodel: {partial_pretrain: /nodes/model}\n"
+NOT_HERE = "only the nodes can tell: sft.yaml:2: model.partial_pretrain: there is no such folder"
 
 
 @pytest.fixture
@@ -21,7 +26,7 @@ def login(tmp_path: Path):
     """A login node: a folder with job and config, and tools on PATH."""
     tools = tmp_path / "tools"
     tools.mkdir()
-    (tmp_path / "sft.yaml").write_text("trainer: {}\n")
+    (tmp_path / "sft.yaml").write_text(CONFIG)
     job = {"config": "sft.yaml", "checkpoint_dir": "runs", "secrets": ["WANDB_API_KEY"], "name": "mine"}
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
 
@@ -51,6 +56,7 @@ def test_submitted_and_shown(login, tmp_path: Path) -> None:
     done = login()
     assert done.returncode == 0, words(done)
     assert done.stdout.splitlines() == [
+        NOT_HERE,
         "submitted job 77 (mine): 1 node(s), 1 rank(s) on each",
         f"log: {tmp_path}/runs/slurm/77_0_log.out",
         f"run folder: {tmp_path}/runs/sft",
@@ -104,7 +110,7 @@ def test_no_secret_in_any_file(login, tmp_path: Path) -> None:
 def test_a_dry_run_submits_and_writes_nothing(login, tmp_path: Path) -> None:
     done = login("--dry-run", sbatch=None)
     assert done.returncode == 0, words(done)
-    assert done.stdout.startswith("# sbatch script\n#!/bin/bash\n")
+    assert done.stdout.startswith(f"{NOT_HERE}\n# sbatch script\n#!/bin/bash\n")
     assert "-m sft_job.cli train" in done.stdout
     assert not (tmp_path / "runs").exists()
 
@@ -116,6 +122,81 @@ def test_everything_that_is_wrong_here(login) -> None:
     assert said.startswith("2 problems:\n")
     assert "command line: config = 'missing.yaml'\n    there is no such file" in said
     assert "command line: secrets[0] = 'NOT_SET_ANYWHERE'\n    this variable is not set here" in said
+
+
+@pytest.mark.parametrize(
+    ("path", "setting"),
+    [
+        ("/lustre/a,/etc:/etc:rw", "checkpoint_dir"),
+        ("/a:b", "checkpoint_dir"),
+        ('/a"b', "checkpoint_dir"),
+        ("here:/etc/sft.yaml", "config"),
+    ],
+)
+def test_a_path_that_would_mount_something_else_is_refused(login, path: str, setting: str) -> None:
+    override = f"{setting}='{path}'"
+    done = login("slurm.container=pyxis", "image=x.sqsh", override, "--dry-run")
+    assert done.returncode == 2
+    assert f"command line: {setting} = " in words(done)
+    assert "is mounted into the container: must be plain absolute paths" in words(done)
+    if setting == "checkpoint_dir":
+        assert login(override, "--dry-run").returncode == 0  # without a container nothing is mounted
+
+
+def test_an_error_of_the_run_s_settings_is_one_at_submit(login, tmp_path: Path) -> None:
+    (tmp_path / "sft.yaml").write_text(f"{CONFIG}optim: {{lrr: 1}}\ntrainer: {{seed: -1}}\n")
+    done = login('overrides=["optim.lr=fast"]', "ulysses_sequence_parallel_size=3", "resources.nodes=2")
+    said = words(done)
+    assert done.returncode == 2
+    for subject in (
+        "sft.yaml:3: optim.lrr",
+        "sft.yaml:4: trainer.seed = -1",
+        "command line: optim.lr = 'fast'",
+        "command line: ulysses_sequence_parallel_size = 3",
+    ):
+        assert subject in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_only_the_nodes_have_is_no_error(login, tmp_path: Path) -> None:
+    settings = "trainer: {project_name: '${oc.env:ONLY_THERE}'}\n"
+    (tmp_path / "sft.yaml").write_text(
+        CONFIG.replace("/nodes/model", "/nodes/model, external_lib: only.there") + settings
+    )
+    done = login()
+    assert done.returncode == 0, words(done)
+    told = [line for line in done.stdout.splitlines() if line.startswith("only the nodes can tell: sft.yaml:")]
+    assert [line.split(": ")[2] for line in told] == [
+        "model.external_lib",
+        "trainer.project_name",
+        "model.partial_pretrain",
+    ]
+
+
+def test_a_config_that_is_edited_later_does_not_change_a_job_that_waits(login, tmp_path: Path) -> None:
+    login()
+    (tmp_path / "sft.yaml").write_text(f"{CONFIG}trainer: {{seed: 7}}\n")
+    (copy,) = (tmp_path / "runs" / "slurm" / "configs").rglob("sft.yaml")
+    assert copy.read_text() == CONFIG
+    assert copy.stat().st_mode & 0o777 == 0o600
+    assert str(copy).encode() in (tmp_path / "runs" / "slurm" / "77_submitted.pkl").read_bytes()
+    done = login("slurm.container=apptainer", "image=x.sif", "slurm.folder=elsewhere", "--dry-run")
+    assert f"--bind={tmp_path}:{tmp_path}:ro" in done.stdout  # what else lies beside it
+    assert f"--bind={tmp_path}/elsewhere/configs/" in done.stdout
+    login()
+    assert len([*(tmp_path / "runs" / "slurm" / "configs").rglob("sft.yaml")]) == 2
+
+
+def test_a_folder_that_was_there_is_the_owner_s_alone_too(login, tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir(mode=0o755)
+    assert login("slurm.folder=logs").returncode == 0
+    assert (tmp_path / "logs").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_job_file_that_is_not_there(login, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").unlink()
+    said = words(login())
+    assert "cannot be read: No such file or directory\n    fix: correct the path" in said
 
 
 def test_no_sbatch(login) -> None:
@@ -137,6 +218,25 @@ def test_a_folder_that_cannot_be_made(login, tmp_path: Path) -> None:
     assert "fix: another checkpoint_dir or slurm.folder" in words(done)
 
 
+def test_what_the_shell_says_to_sbatch_does_not_reach_it(login, tmp_path: Path) -> None:
+    """Slurm takes SBATCH_* before the script; the job's own variables, and where Slurm is, go on."""
+    shell = {
+        "SBATCH_TIMELIMIT": "1",
+        "SBATCH_NO_REQUEUE": "1",
+        "SBATCH_EXPORT": "NONE",
+        "SLURM_TIME_FORMAT": "relative",
+    }
+    sbatch = f"env > {tmp_path}/seen; echo Submitted batch job 77"
+    done = login(sbatch=sbatch, SLURM_CONF="/etc/s", **shell)
+    assert done.returncode == 0, words(done)
+    seen = dict(line.split("=", 1) for line in (tmp_path / "seen").read_text().splitlines() if "=" in line)
+    assert not shell.keys() & seen.keys()
+    assert (seen["SLURM_CONF"], seen["WANDB_API_KEY"]) == ("/etc/s", CANARY)
+    assert done.stdout.splitlines()[1].endswith(
+        ": SBATCH_EXPORT, SBATCH_NO_REQUEUE, SBATCH_TIMELIMIT, SLURM_TIME_FORMAT"
+    )
+
+
 @pytest.mark.parametrize(("ends", "code"), [("0_0", 0), ("0_65", 65)])
 def test_a_preflight_is_waited_for(login, tmp_path: Path, ends: str, code: int) -> None:
     runs = tmp_path / "runs" / "slurm"
@@ -144,3 +244,53 @@ def test_a_preflight_is_waited_for(login, tmp_path: Path, ends: str, code: int) 
     done = login("--preflight", sbatch=f"{job}; echo Submitted batch job 77")
     assert (done.returncode, "a table" in done.stdout) == (code, True)
     assert "run folder" not in done.stdout
+
+
+@pytest.fixture
+def preflight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A preflight job that was submitted, and a squeue whose answers are lines of shell, the last one for ever."""
+    plan = Plan(folder=str(tmp_path), config="c", checkpoint_dir=str(tmp_path), python="python")
+    asked = tmp_path / "asked"
+    monkeypatch.setattr(room, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(room, "_GONE_SECONDS", 0.05)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+    def wait(*answers: str) -> tuple[int, int]:
+        cases = "".join(f"{at}) {answer};; " for at, answer in enumerate(answers[:-1], 1))
+        text = f"echo x >> {asked}; case $(wc -l < {asked}) in {cases}*) {answers[-1]};; esac"
+        (tmp_path / "squeue").write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / "squeue").chmod(0o755)
+        try:
+            code = room.wait_for_preflight(plan, "77", 1, lambda text: None)
+        except JobError as error:
+            code = int(error.code)
+        return code, len(asked.read_text().split())
+
+    return wait
+
+
+def test_a_preflight_is_waited_for_through_errors_of_squeue(preflight, tmp_path: Path) -> None:
+    """One that says nothing of the job, and an answer without it that is not true a moment later."""
+    ends = f"mkdir -p {tmp_path}/77_ends/0; touch {tmp_path}/77_ends/0/0_65"
+    wrong = "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1"
+    assert (
+        preflight(*[wrong] * 40, "true", "sleep 0.1; echo 77", "sleep 0.1; echo 77", "true", f"{ends}; echo 77")[0]
+        == 65
+    )
+
+
+@pytest.mark.parametrize("said", ["true", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"])
+def test_a_preflight_that_ended_without_a_word(preflight, said: str) -> None:
+    code, asked = preflight("echo 77", said)
+    assert code == 137
+    assert asked > 2
+
+
+def test_ctrl_c_leaves_no_preflight_in_the_queue(login, tmp_path: Path) -> None:
+    tools = tmp_path / "tools"
+    for name, text in (("squeue", "kill -INT $PPID; echo 77"), ("scancel", f"echo $@ > {tmp_path}/cancelled")):
+        (tools / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tools / name).chmod(0o755)
+    done = login("--preflight")
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (143, "job 77 is cancelled")
+    assert (tmp_path / "cancelled").read_text() == "77\n"

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from sft_job.contract import RunFolder
-from sft_job.submissions import read_requeue
+from sft_job.processes import state
+from sft_job.submissions import read_judgement, read_requeue
 from slurm.allocation import Allocation
 from slurm.ends import Ends, Peers
 from slurm.listener import WARNING
@@ -33,7 +34,7 @@ def plan(tmp_path: Path, **more: object) -> Plan:
 
 def test_the_contract_s_variables(tmp_path: Path) -> None:
     stale = {"PET_NNODES": "7", "RANK": "3", "CHECKPOINT_DIR": "/other", "MASTER_PORT": "1", "PATH": "/bin", "X": "1"}
-    given = plan(tmp_path, ranks_per_node=8, interface="ib0", environment={"X": "2"})
+    given = plan(tmp_path, ranks_per_node=8, gpus_per_node=8, interface="ib0", environment={"X": "2"})
     found = job_variables(given, HERE, stale)
     assert found == {
         "PATH": "/bin",
@@ -49,7 +50,8 @@ def test_the_contract_s_variables(tmp_path: Path) -> None:
         "MASTER_ADDR": "n3",
         "MASTER_PORT": str(10_000 + 12 * 7 + 1),
         "SFT_JOB_ID": "12",
-        "SFT_JOB_END_TIME": "2000000000.0",
+        "SFT_JOB_GPUS_PER_NODE": "8",
+        "SFT_JOB_END_TIME": "1999999990.0",
     }
 
 
@@ -199,9 +201,9 @@ def test_slurm_s_warning(start: Start, tmp_path: Path, left: str, preempted: str
 
 
 def test_of_a_time_limit_the_clock_takes_care(start: Start, tmp_path: Path) -> None:
-    """Slurm warns up to a minute early; the grace is five seconds here."""
+    """Slurm warns up to a minute early; the grace is five seconds here, and 15 are kept to leave."""
     began = time.monotonic()
-    task = start(saves(tmp_path), left="8")
+    task = start(saves(tmp_path), left="23")
     task.ready()
     task.process.send_signal(WARNING)
     code, said = task.end()
@@ -210,6 +212,22 @@ def test_of_a_time_limit_the_clock_takes_care(start: Start, tmp_path: Path) -> N
     assert "the time limit is near: the job saves and leaves" in said
     assert "Slurm warns" not in said
     assert [each.cause for each in read_restarts(tmp_path / "12_restarts.json")] == ["timeout"]
+
+
+def test_a_job_that_hears_nothing_is_killed_before_slurm_ends_the_task(start: Start, tmp_path: Path) -> None:
+    """With all that it started: ranks have sessions of their own."""
+    began = time.monotonic()
+    ranks = f"setsid sleep 300 & echo $! > {tmp_path}/rank; touch {tmp_path}/ready"
+    task = start(f"trap '' TERM INT HUP USR1 USR2; {ranks}; while :; do sleep 1; done", left="13", nodes=2)
+    task.ready()
+    code, said = task.end()
+    assert (code, task.requeues()) == (137, 1)
+    assert time.monotonic() - began < 11
+    assert "the job saves and leaves" in said
+    assert "has not left: it is killed" in said
+    assert [each.cause for each in read_restarts(tmp_path / "12_restarts.json")] == ["loss"]
+    rank = int((tmp_path / "rank").read_text())
+    assert state(rank) in ("", "Z")
 
 
 def test_the_newest_checkpoint_and_the_requeue_are_noted(start: Start, tmp_path: Path) -> None:
@@ -224,6 +242,26 @@ def test_the_newest_checkpoint_and_the_requeue_are_noted(start: Start, tmp_path:
     waits = read_requeue(RunFolder(tmp_path / "sft"))
     assert waits is not None
     assert (waits.launcher, waits.job) == ("slurm", "12")
+    said = read_judgement(RunFolder(tmp_path / "sft"))
+    assert said is not None
+    assert (str(said), said.why, said.counts) == (
+        "slurm job 12, start 0", "preemption number 1: queued again", {"preemption": 1},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("job", "why"),
+    [
+        ("exit 2", "exit code 2 would be the same the next time: not queued again"),
+        ("exit 137", "loss number 1: queued again; but it was not (see the log of node 0)"),
+    ],
+)
+def test_why_it_is_not_queued_again_is_noted_for_status(start: Start, tmp_path: Path, job: str, why: str) -> None:
+    (tmp_path / "sft" / "logs").mkdir(parents=True)
+    start(job, state="CANCELLED").end()
+    said = read_judgement(RunFolder(tmp_path / "sft"))
+    assert said is not None
+    assert (said.why, said.counts) == (why, {})
 
 
 def test_scancel_is_passed_on_and_queues_nothing(start: Start, tmp_path: Path) -> None:
@@ -280,6 +318,19 @@ def test_preflight_alone_never_trains_and_is_never_queued_again(start: Start, tm
     assert "preflight failed" in said
 
 
+def test_a_preflight_alone_has_a_time_that_the_grace_may_fill(start: Start, tmp_path: Path) -> None:
+    """It has nothing to save: neither the clock nor a warning stops it."""
+    task = start(
+        f"touch {tmp_path}/ready; sleep 1.5", preflight=ONLY_PREFLIGHT, left="15", preempted="2027-01-01T00:00:00"
+    )
+    task.ready()
+    task.process.send_signal(WARNING)
+    code, said = task.end()
+    assert (code, task.requeues()) == (0, 0)
+    assert "preflight passed" in said
+    assert "saves and leaves" not in said
+
+
 def test_another_node_s_stop_is_this_one_s(start: Start, tmp_path: Path) -> None:
     task = start(saves(tmp_path), nodes=2)
     task.ready()
@@ -322,6 +373,17 @@ def test_peers_that_failed_are_given_time_to_be_noticed(tmp_path: Path) -> None:
     ends.put(2, 137)
     assert [peers.wish(at, 10) for at in (10.0, 40.0, 60.0, 70.0, 90.0, 91.0)] == [
         None, None, signal.SIGUSR2, None, signal.SIGKILL, None,
+    ]  # fmt: skip
+
+
+def test_a_node_that_hangs_after_the_run_is_done_is_ended(tmp_path: Path) -> None:
+    ends = Ends(tmp_path, "12", 0)
+    peers = Peers(ends, 1)
+    ends.put(2, 0)
+    assert [peers.wish(at, 10) for at in (0.0, 100.0)] == [None, None]  # not yet: node 0 says when
+    ends.put(0, 0)
+    assert [peers.wish(at, 10) for at in (110.0, 150.0, 155.0, 170.0, 185.0)] == [
+        None, None, signal.SIGUSR2, None, signal.SIGKILL,
     ]  # fmt: skip
 
 

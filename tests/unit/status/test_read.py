@@ -12,7 +12,7 @@ from sft_job.lock import this_process
 from sft_job.outcome import note_refusal
 from sft_job.status.life import Life
 from sft_job.status.read import RunStatus, read_status
-from sft_job.submissions import Submission, note_requeue
+from sft_job.submissions import Submission, note_judgement, note_requeue
 from tests.unit.status.conftest import write_ends, write_metrics
 
 HOLDER = this_process({"SFT_JOB_ID": "17"})
@@ -135,6 +135,16 @@ def test_a_job_that_waits(run) -> None:
     assert read_status(run, FREE).state == "failed"
     note_refusal(run, ExitCode.LOST, "the store is away", {})
     assert read_status(run, FREE).state == "waiting"
+
+
+def test_what_the_launcher_made_of_an_end(run) -> None:
+    write_ends(run, 143, "stopped")
+    assert read_status(run, FREE).judgement is None
+    note_judgement(run, "slurm", "17", 2, "retries\x1b[2J allow 1: not queued again\n    fix: y", {"timeout": 2})
+    found = read_status(run, FREE).judgement
+    assert found is not None
+    assert (str(found), found.counts) == ("slurm job 17, start 2", {"timeout": 2})
+    assert found.why == "retries[2J allow 1: not queued again\n    fix: y"
 
 
 def test_a_job_without_a_run_folder_shows_what_it_said(tmp_path) -> None:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from sft_job.status.read import CheckpointStatus, RunStatus
 from sft_job.status.show import show_status, status_json
-from sft_job.submissions import Requeue, Submission
+from sft_job.submissions import Judgement, Requeue, Submission
 
 RUNNING = RunStatus(
     run="/ckpt/sft",
@@ -66,6 +66,11 @@ def test_a_running_run_on_one_screen() -> None:
         ({"state": "stopped", "code": 143}, "stopped with exit code 143"),
         ({"state": "silent", "watched": 8.0}, "process 42 on node7 holds the run folder, but was still for 8 s"),
         ({"state": "waiting", "requeue": Requeue("slurm", "7", "now")}, "queued again: slurm job 7, since now"),
+        ({"state": "waiting", "requeue": Requeue("slurm", "7", "now")}, "whether it was cancelled there since"),
+        (
+            {"judgement": Judgement("slurm", "7", 3, "loss number 1: queued again", {"timeout": 2, "loss": 1}, "now")},
+            "launcher slurm job 7, start 3, now loss number 1: queued again queued again after: timeout 2, loss 1",
+        ),
         ({"state": "failed", "code": 87, "reason": "non_finite", "message": "loss is nan"}, "loss is nan"),
         ({"state": "done", "result": "/ckpt/sft/huggingface"}, "result      /ckpt/sft/huggingface"),
         ({"state": "failed", "without_progress": ({"cause": "lost", "message": "rank 1"},)}, "lost: rank 1"),
