@@ -1,0 +1,1 @@
+"""Launchers for images: ``docker run`` and Kubernetes."""

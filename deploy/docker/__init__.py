@@ -1,0 +1,1 @@
+"""``sft-job submit docker``: one container on this machine."""

@@ -1,0 +1,1 @@
+"""``sft-job submit kubernetes``: PyTorchJob, TrainJob and Job."""
