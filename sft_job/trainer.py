@@ -149,6 +149,9 @@ class Trainer:
     def run(self, batches: Iterable[StepBatch]) -> Ending:
         """Go through the batches, one optimizer step each; they start at the state's step."""
         begun_at = self._state.step
+        if begun_at:
+            # A save before the next step says the rate of the last one, as if the run had not been interrupted.
+            self._set_rate(begun_at - 1)
         if 0 < begun_at < self.schedule.total_steps:
             # A stop may have left the kept checkpoint or the validation of the step that it saved at.
             if self.schedule.saves_at(begun_at) and self._checkpointer.owes_kept(begun_at):
@@ -207,8 +210,7 @@ class Trainer:
                 weights are then as before the step.
         """
         seed_step(self._config.trainer.seed, batch.step, self._runtime.rank)
-        lr = learning_rate(self._config.optim, batch.step, self.schedule.total_steps)
-        set_learning_rate(self._optimizer, lr)
+        lr = self._set_rate(batch.step)
         loss = self.accumulate(batch.micro_batches, batch.num_targets)
         norm = gradient_norm(self._parameters, self._shard_group)
         flags = torch.cat([loss[None], loss.new_tensor([float(self._stop.wished), *self._checkpointer.flags()])])
@@ -225,6 +227,11 @@ class Trainer:
             bad = self._not_taken(batch, total, grad_norm)
         self._optimizer.zero_grad()
         return StepResult(total, grad_norm, lr, stops > 0, recovery > 0, saves_over, bad)
+
+    def _set_rate(self, step: int) -> float:
+        lr = learning_rate(self._config.optim, step, self.schedule.total_steps)
+        set_learning_rate(self._optimizer, lr)
+        return lr
 
     def accumulate(self, micro_batches: list[PackedBatch], num_targets: int) -> Tensor:
         """Add up the gradients of a global batch (a collective call).

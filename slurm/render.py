@@ -18,6 +18,7 @@ from submitit import SlurmExecutor
 from sft_job.contract import ExitCode
 from sft_job.jobfile.schema import JobFile
 from sft_job.jobfile.validate import seconds_of
+from slurm.ends import BEGUN, SETTLED
 from slurm.listener import WARNING
 from slurm.plan import ONLY_PREFLIGHT, Plan
 from slurm.settings import LEAVE_SECONDS, SlurmSettings
@@ -107,7 +108,10 @@ def parameters(job: JobFile, slurm: SlurmSettings, plan: Plan) -> dict[str, Any]
         "dependency": slurm.dependency,
         "stderr_to_stdout": True,
         "srun_args": srun,
-        "setup": _setup([f"module load {' '.join(slurm.modules)}"] * bool(slurm.modules) + slurm.setup),
+        "setup": [
+            *_last_word(plan),
+            *_setup([f"module load {' '.join(slurm.modules)}"] * bool(slurm.modules) + slurm.setup),
+        ],
         "wckey": None,
         "additional_parameters": _more(job, slurm, plan),
     }
@@ -119,10 +123,26 @@ def parameters(job: JobFile, slurm: SlurmSettings, plan: Plan) -> dict[str, Any]
     return found
 
 
-def _setup(lines: Sequence[str]) -> list[str] | None:
+def _last_word(plan: Plan) -> list[str]:
+    """What the batch script does at its end, in case that srun ends with the task that was to judge it."""
+    ends = f"{shlex.quote(plan.folder)}/${{SLURM_JOB_ID}}_ends/${{SLURM_RESTART_COUNT:-0}}"
+    ask = shlex.join([plan.python, "-P", "-m", "slurm.last", plan.folder])
+    return [
+        "sft_job_end() {",
+        f"  code=$? ends={ends}",
+        f'  if [ -s "$ends/{SETTLED}" ]; then code=$(<"$ends/{SETTLED}")',
+        f'  elif [ -e "$ends/{BEGUN}" ]; then {ask}; code=$?; fi',
+        '  exit "$code"',
+        "}",
+        "trap sft_job_end EXIT",
+        "trap : TERM  # srun has it too; what it leaves is looked at when it has ended",
+    ]
+
+
+def _setup(lines: Sequence[str]) -> list[str]:
     """The lines, each followed by a look at its exit code: after one that fails, nothing would be as it should be."""
     checked = [text for line in lines for text in (line, f'sft_job_look "$?" {shlex.quote(line)}')]
-    return [_LOOK, *checked] if checked else None
+    return [_LOOK, *checked] if checked else []
 
 
 def _time(job: JobFile, plan: Plan) -> str | None:

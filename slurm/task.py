@@ -15,28 +15,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sft_job.contract import DEFAULT_CONFIG_NAME, STOP_SIGNALS, Env, ExitCode, RunFolder, step_of
+from sft_job.contract import DEFAULT_CONFIG_NAME, STOP_SIGNALS, Env, ExitCode
 from sft_job.jobfile.validate import OURS
 from sft_job.processes import kill_tree
 from sft_job.streams import say
-from sft_job.submissions import note_judgement, note_requeue
+from slurm.aftermath import Aftermath
 from slurm.allocation import Allocation, read_allocation
 from slurm.containers import Setting, job_command, job_environ, removal_command
-from slurm.controller import job_state, queue_again
+from slurm.controller import job_state
 from slurm.ends import Ends, Peers
 from slurm.listener import Listener
 from slurm.plan import NO_PREFLIGHT, ONLY_PREFLIGHT, Plan
-from slurm.requeue import (
-    Restart,
-    Verdict,
-    code_of,
-    counts_of,
-    joint_code,
-    judge,
-    read_restarts,
-    with_unseen,
-    write_restarts,
-)
+from slurm.requeue import code_of, joint_code
 from slurm.settings import KILL_SECONDS, LEAVE_SECONDS
 
 _POLL_SECONDS = 0.2
@@ -89,8 +79,7 @@ class Node:
         self._listener = Listener()
         folder = Path(plan.folder)
         self._ends = Ends(folder, allocation.job_id, allocation.start)
-        self._run = RunFolder(Path(plan.checkpoint_dir) / "sft")
-        self._restarts_file = folder / f"{allocation.job_id}_restarts.json"
+        self._after = Aftermath(plan, allocation.job_id, allocation.start, self._tell)
         variables = job_variables(plan, allocation, environ)
         host = allocation.hosts[allocation.node]
         self._setting = Setting(
@@ -100,17 +89,18 @@ class Node:
     def run(self) -> int:
         """Run what the plan says; the exit code of this node's task."""
         self._listener.install()
+        first = self._here.node == 0
+        if first:
+            self._ends.begin()
         self._remove_leftovers()
         own = self._run_verbs()
         self._ends.put(self._here.node, own)
-        verdict = self._verdict(self._gather())
-        if self._here.node == 0:
-            self._tell(verdict.why)
-            if verdict.cause is not None:
-                self._queue_again(verdict)
-            # A job that was refused because another one holds the run folder has nothing to say there.
-            elif self._plan.preflight != ONLY_PREFLIGHT and verdict.code != ExitCode.CANNOT_CREATE:
-                self._note(verdict.why, self._restarts())
+        code = joint_code(self._gather())
+        if not first:
+            return code
+        verdict = self._after.judge(code, self._listener.asked, over=self._is_late())
+        self._after.act(verdict)
+        self._ends.settle(verdict.code)
         return verdict.code
 
     def _run_verbs(self) -> int:
@@ -208,60 +198,6 @@ class Node:
         while len(ends := self._ends.all()) < self._here.nodes and self._clock() < deadline:
             time.sleep(_POLL_SECONDS)
         return ends
-
-    def _verdict(self, ends: Mapping[int, int]) -> Verdict:
-        code = joint_code(ends)
-        if self._plan.preflight == ONLY_PREFLIGHT:
-            return Verdict(code, None, "preflight passed" if code == ExitCode.DONE else "preflight failed")
-        return judge(
-            code,
-            self._listener.asked,
-            over=self._is_late(),
-            preempted=self._preempted(),
-            step=self._step(),
-            restarts=self._restarts(),
-            retries=self._plan.retries,
-            fruitless=self._plan.fruitless,
-        )
-
-    def _preempted(self) -> bool:
-        """Whether it was a preemption that ended the job from outside. One that leaves early is not queued by Slurm."""
-        if self._here.node != 0 or self._listener.asked.stopped_at is None:
-            return False
-        state = job_state(self._here.job_id)
-        return state is not None and state.preempted and state.state != "CANCELLED"
-
-    def _step(self) -> int | None:
-        """Of the newest checkpoint."""
-        try:
-            return step_of(Path(self._run.latest.read_text(encoding="utf-8").strip()))
-        except (OSError, UnicodeDecodeError):
-            return None
-
-    def _restarts(self) -> tuple[Restart, ...]:
-        return with_unseen(read_restarts(self._restarts_file), self._here.start)
-
-    def _queue_again(self, verdict: Verdict) -> None:
-        """Write down why, and queue the job again."""
-        before = self._restarts()
-        after = (*before, Restart(self._here.start, str(verdict.cause), verdict.code, self._step()))
-        self._write(after)
-        self._note(verdict.why, after)
-        if queue_again(self._here.job_id, self._here.start, self._tell):
-            note_requeue(self._run, "slurm", self._here.job_id)
-        else:
-            self._write(before)
-            self._note(f"{verdict.why}; but it was not (see the log of node 0)", before)
-
-    def _note(self, why: str, restarts: tuple[Restart, ...]) -> None:
-        """For who looks at the run folder: here nobody knows Slurm."""
-        note_judgement(self._run, "slurm", self._here.job_id, self._here.start, why, counts_of(restarts))
-
-    def _write(self, restarts: tuple[Restart, ...]) -> None:
-        try:
-            write_restarts(self._restarts_file, restarts)
-        except OSError as error:
-            say(f"slurm: {self._restarts_file} cannot be written ({error}): restarts are not counted\n")
 
     def _remove_leftovers(self) -> None:
         """A container of an earlier start that Slurm's kill did not reach."""

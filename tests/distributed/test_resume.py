@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed.checkpoint as dcp
 
 from sft_job.checkpoint.files import Files
 from tests.distributed.runs import Watched, run_job, run_jobs, seed_config
@@ -81,6 +82,14 @@ def test_stop_in_the_last_step(inputs, tmp_path, ranks, straight) -> None:
     assert (run / "checkpoints" / f"global_step_{TOTAL}" / "huggingface" / "model.safetensors").exists()
     assert lines(run)[-1]["val/loss"] == lines(straight[1])[-1]["val/loss"]
     assert third.done_before
+    assert saved_rate(run) == saved_rate(straight[1]) > 0
+
+
+def saved_rate(run: Path) -> float:
+    """The learning rate that the last checkpoint holds."""
+    saved: dict[str, Any] = {"optimizer.param_groups.0.lr": 0.0}
+    dcp.load(saved, checkpoint_id=run / "checkpoints" / f"global_step_{TOTAL}")
+    return saved["optimizer.param_groups.0.lr"]
 
 
 @pytest.mark.parametrize("left", ["global_step_4", "", None])

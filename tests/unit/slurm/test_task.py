@@ -274,6 +274,15 @@ def test_scancel_is_passed_on_and_queues_nothing(start: Start, tmp_path: Path) -
     assert not (tmp_path / "12_restarts.json").exists()
 
 
+def test_a_step_that_srun_ends_after_a_loss_queues_again(start: Start, tmp_path: Path) -> None:
+    """srun sends TERM where it misses a node; Slurm says that the job itself runs on."""
+    task = start(saves(tmp_path).replace("sys.exit(143)", "sys.exit(137)"))
+    task.ready()
+    task.process.send_signal(signal.SIGTERM)
+    assert task.end()[0] == 137
+    assert task.requeues() == 1
+
+
 def test_a_preemption_without_a_warning_queues_again(start: Start, tmp_path: Path) -> None:
     task = start(saves(tmp_path), preempted="2026-11-23T16:00:00")
     task.ready()
