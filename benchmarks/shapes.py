@@ -43,6 +43,32 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 128,
         "tie_word_embeddings": True,
     },
+    "llama3-8b": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+        "eos_token_id": 0,
+        "torch_dtype": "bfloat16",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "tiny8": {
+        **_QWEN2,
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+    },
     "tiny": {
         **_QWEN2,
         "vocab_size": 512,
@@ -53,7 +79,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
     },
 }
-"""Name -> config.json. ``tiny`` is for trying the scripts on a CPU."""
+"""Name -> config.json. ``tiny`` and ``tiny8`` are for trying the scripts on a CPU."""
 
 
 def write_model_folder(folder: Path, shape: str) -> Path:

@@ -71,3 +71,26 @@ def test_checkpoint_save(tmp_path: Path) -> None:
         assert save["gib"] > 0.04
         assert save["total_seconds"] > 0
     assert beside["saves"][0]["save_call_seconds"] < beside["saves"][0]["total_seconds"]
+
+
+def test_the_seed_s_own_run(tmp_path: Path) -> None:
+    """Eight ranks as the seed's YAML says, Ulysses 4 x 2, and two with Ulysses 2: the same losses."""
+    out = tmp_path / "results"
+    options = ["--config", str(ROOT / "tests" / "golden" / "seed_sft_trainer.yaml"), "--tiny", "--ranks", "8"]
+    options += ["--steps", "2", "--cases", "seed,two", "--work", str(tmp_path / "work"), "--out", str(out)]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.seed_run", *options],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr + (out / "seed.log").read_text(encoding="utf-8")
+    cases = json.loads((out / "seed_run.json").read_text(encoding="utf-8"))["cases"]
+    assert [(case["ranks"], case["exit_codes"], len(case["metrics"])) for case in cases.values()] == [
+        (8, [0], 2),
+        (2, [0], 2),
+    ]
+    assert 0 <= cases["two"]["difference"] < 1e-5
