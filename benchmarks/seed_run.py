@@ -143,10 +143,11 @@ def run_case(bench: Bench, case: Case) -> dict[str, Any]:
     environ |= {"CHECKPOINT_DIR": str(root), "NPROC_PER_NODE": str(ranks), "WANDB_MODE": "offline"}
     run = RunFolder(root / "sft")
     begun = time.monotonic()
-    codes = []
+    codes: list[int] = []
+    steps = case.steps if case.steps < bench.steps else 0  # a run that ends by itself is not stopped
     with (bench.out / f"{case.name}.log").open("w", encoding="utf-8") as log:
         for killed_at in [case.killed_at, 0] if case.killed_at else [0]:
-            codes.append(_start(command, environ, run, ranks, log, killed_at, case.steps, bench.deadline))
+            codes.append(_start(command, environ, run, ranks, log, killed_at, steps, bench.deadline))
     lines = _lines(run)
     return {
         **asdict(case),
