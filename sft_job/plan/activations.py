@@ -58,7 +58,7 @@ def _key_width(shape: Shape, setup: Setup) -> int:
 
 
 def _attention(shape: Shape, setup: Setup) -> float:
-    """What attention keeps: q, k, v, its output, log-sum-exps; after a Ulysses exchange the output projection's input."""
+    """What attention keeps: q, k, v, output, log-sum-exps; with Ulysses the input of the output projection too."""
     size = setup.compute
     total = size * (shape.queries + 2 * _key_width(shape, setup)) + _attended(shape, setup)
     if setup.ulysses > 1:

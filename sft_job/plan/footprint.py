@@ -178,9 +178,7 @@ def footprint(shape: Shape, setup: Setup, micro: Micro, levels: Sequence[str]) -
     outside = 0.0
     if setup.ranks.world > 1:
         outside = _NCCL + _NCCL_GROUP * ((setup.ulysses > 1) + (setup.shards < setup.ranks.world))
-    return Footprint(
-        parts, sum(parts.values()), when, outside, _host(shape, setup, micro, levels), tuple(levels)
-    )
+    return Footprint(parts, sum(parts.values()), when, outside, _host(shape, setup, micro, levels), tuple(levels))
 
 
 def _host(shape: Shape, setup: Setup, micro: Micro, levels: Sequence[str]) -> dict[str, float]:

@@ -95,8 +95,9 @@ def micro_seconds(shape: Shape, card: Card, setup: Setup, work: Work, levels: Se
         levels: for each block what is computed again.
     """
     blocks = len(levels)
-    recomputed, attends_again = sum(level != NONE for level in levels), sum(
-        level in (FULL, OFFLOAD) for level in levels
+    recomputed, attends_again = (
+        sum(level != NONE for level in levels),
+        sum(level in (FULL, OFFLOAD) for level in levels),
     )
     once, but_last = _products(shape, card, setup)
     passes = 2 if setup.rank else 3
