@@ -119,8 +119,8 @@ def micro_seconds(shape: Shape, card: Card, setup: Setup, work: Work, levels: Se
     parts["waiting for launches"] = max(0.0, launch - sum(parts.values()))
     computing = sum(parts.values())
     parts["Ulysses exchanges"] = _ulysses(shape, card, setup, work.tokens, blocks, recomputed)
-    gathering = _gathers(shape, card, setup)
-    parts["gathering weights"] = max(0.0, gathering - computing) + _STOLEN * min(gathering, computing)
+    gathering, copied = _gathers(shape, card, setup)
+    parts["gathering weights"] = copied + max(0.0, gathering - computing) + _STOLEN * min(gathering, computing)
     if OFFLOAD in levels:
         copies = 2 * setup.compute * shape.hidden * work.tokens * levels.count(OFFLOAD) / (card.host * _GIGA)
         parts["copies to host memory"] = max(0.0, copies - computing) + _STOLEN * min(copies, computing)
@@ -144,19 +144,19 @@ def _collective_rate(card: Card, setup: Setup, ranks: int) -> float:
     return (card.link if ranks <= setup.ranks.gpus else min(card.link, card.network * setup.ranks.gpus)) * _GIGA
 
 
-def _gathers(shape: Shape, card: Card, setup: Setup) -> float:
-    """Gathering all weights for a micro-batch's forward and backward."""
+def _gathers(shape: Shape, card: Card, setup: Setup) -> tuple[float, float]:
+    """Gathering all weights for a micro-batch's forward and backward: on the way, and copied out of FSDP's buffers."""
     adapters = setup.adapter_parameters(shape.layers)
     gathered = setup.compute * (adapters if setup.whole_frozen else shape.parameters + adapters)
-    shards = setup.shards
+    shards, passes = setup.shards, 2 if setup.reshard else 1
     seconds = 0.0
     if setup.offload:
         seconds += 2 * gathered / shards / (card.host * _GIGA)
     if shards > 1:
-        passes = 2 if setup.reshard else 1
         per_pass = gathered * (shards - 1) / shards / _collective_rate(card, setup, shards) + _CALL * shape.layers
         seconds += passes * per_pass
-    return seconds
+    copied = 2 * passes * gathered / (card.bandwidth * _TERA) if setup.managed or setup.rank else 0.0
+    return seconds, copied
 
 
 def step_end(shape: Shape, card: Card, setup: Setup) -> Parts:
@@ -171,11 +171,12 @@ def step_end(shape: Shape, card: Card, setup: Setup) -> Parts:
     if world > shards:
         copies = world // shards
         reduction += 2 * setup.reduce * trained / shards * (copies - 1) / copies / _collective_rate(card, setup, world)
-    if world == 1 and setup.managed:
-        reduction += 3 * setup.reduce * trained / (card.bandwidth * _TERA)  # copies of FSDP's
     # AdamW reads weight, gradient and two states and writes three of them; the norm reads, clipping reads and writes.
     moved = width * trained / shards * (8 + 2 * setup.clips)
     rate = _HOST_ADAM * _GIGA / setup.ranks.gpus if setup.offload else card.bandwidth * _TERA
+    if setup.managed:
+        # Into FSDP's buffers in the wider dtype, and back into gradients.
+        moved += trained * (setup.compute + 2 * setup.reduce) * (0.0 if setup.offload else 1.0)
     return {"reducing gradients": reduction, "optimizer": moved / rate + 2e-3}
 
 
