@@ -26,7 +26,7 @@ _ULYSSES, _SHARDS = "ulysses_sequence_parallel_size", "model.fsdp_config.fsdp_si
 _OFFLOAD, _DTYPE, _LORA = "model.fsdp_config.cpu_offload", "model.fsdp_config.model_dtype", "model.lora_rank"
 _RESHARD, _FP8, _FROZEN = "model.fsdp_config.reshard_after_forward", "model.fp8", "model.fsdp_config.shard_frozen"
 _RANK = 16
-_MORE_RANKS = 512
+_MORE_RANKS, _NODE = 512, 8
 
 
 @dataclass(frozen=True)
@@ -239,31 +239,36 @@ def _rate(found: Estimate) -> float:
 
 
 def _more_gpus(case: Case) -> Remedy | None:
+    """More GPUs with the same result where that is enough, else with settings that change it too."""
+    sizes: list[Ranks] = []
     gpus, nodes = case.ranks.gpus, case.ranks.nodes
     while gpus * nodes * 2 <= _MORE_RANKS:
-        gpus, nodes = (gpus * 2, nodes) if gpus < 8 else (gpus, nodes * 2)
-        more = Case(case.config, case.shape, case.card, Ranks(gpus, nodes), case.rows)
+        gpus, nodes = (gpus * 2, nodes) if gpus < _NODE else (gpus, nodes * 2)
+        sizes.append(Ranks(gpus, nodes))
+    second: Remedy | None = None
+    for ranks in sizes:
+        more = Case(case.config, case.shape, case.card, ranks, case.rows)
         found = more.estimate()
         if found.verdict == FITS:
-            return Remedy({}, more.ranks, "more GPUs", found)
+            return Remedy({}, ranks, "more GPUs", found)
         remedy = smallest_change(more, more_ranks=False)
-        if remedy is not None and max(_ranks_of(remedy.changes)) == 0:
-            return Remedy(remedy.changes, more.ranks, "more GPUs", remedy.found)
-    return None
-
-
-def _ranks_of(changes: Changes) -> list[int]:
-    by_key = {_OFFLOAD: 1, _DTYPE: 2, _LORA: 3}
-    return [by_key.get(key, 0) for key in changes] or [0]
+        if remedy is None:
+            continue
+        note = "; ".join(filter(None, ("more GPUs", remedy.note)))
+        remedy = Remedy(remedy.changes, ranks, note, remedy.found)
+        if note == "more GPUs":
+            return remedy
+        second = second or remedy
+    return second
 
 
 def longest_that_fits(case: Case) -> int | None:
     """Tokens of the longest document that fits alone in a micro-batch with everything else as it is."""
     _, documents = largest_micro(case.config, case.rows)
-    low, high = 0, max(documents) * 2
+    low, high, batch = 0, max(documents) * 2, case.config.data.train_batch_size
 
     def fits(length: int) -> bool:
-        rows = Rows(np.array([length], np.int32), 1, True, length, case.rows.trained, "")
+        rows = Rows(np.full(batch, length, np.int32), None, True, length, case.rows.trained, "")
         config = with_changes(case.config, {_ROWS: 1, _TOKENS: 1})
         return estimate(config, case.shape, case.card, case.ranks, rows, timed=False).verdict == FITS
 

@@ -191,7 +191,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _memory_table(found: Estimate) -> Table:
-    table = _table("device memory of a rank, at the peak", "", "GiB")
+    table = _table("a rank's GPU at the peak", "", "GiB")
     for name, size in found.memory.parts.items():
         table.add_row(name, f"{size / GIB:.2f}")
     table.add_row("all tensors", f"{found.memory.peak / GIB:.2f}", style="bold")

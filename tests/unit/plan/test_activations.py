@@ -47,9 +47,7 @@ def saved(kind: str, dtype: torch.dtype, recompute: Recompute, layers: int) -> f
 
     with saved_tensors_hooks(note, lambda tensor: tensor):
         ids, positions = torch.zeros(1, TOKENS, dtype=torch.long), torch.arange(TOKENS)[None]
-        lm.base_model(
-            input_ids=ids, position_ids=positions, use_cache=False, packed=Packed(documents, backend, None)
-        )
+        lm.base_model(input_ids=ids, position_ids=positions, use_cache=False, packed=Packed(documents, backend, None))
     return sum(tensor.untyped_storage().nbytes() for tensor in found.values()) / TOKENS
 
 

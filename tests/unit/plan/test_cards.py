@@ -9,7 +9,8 @@ from sft_job.plan.cards import CARDS, find_card
 
 
 @pytest.mark.parametrize(("said", "name"), [
-    ("h200", "h200"), ("H100", "h100"), ("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "h100"), ("H100 NVL", "h100-nvl"),
+    ("h200", "h200"), ("H100", "h100"), ("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "h100"),
+    ("H100 NVL", "h100-nvl"),
     ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA A100-SXM4-40GB", "a100-40gb"), ("A100-40GB", "a100-40gb"),
     ("NVIDIA A800-SXM4-80GB", "a800"), ("NVIDIA L40S", "l40s"), ("NVIDIA GeForce RTX 4090", "rtx4090"),
     ("NVIDIA H20", "h20"), ("b200", "b200"),

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sft_job.config.schema import ModelConfig
 from sft_job.metrics.flops import FlopsShape
-from sft_job.model.lora import add_adapters, adapter_parameters, lora_config
+from sft_job.model.lora import adapter_parameters, add_adapters, lora_config
 from sft_job.plan.setup import Ranks
 from sft_job.plan.shape import KNOWN, Shape, adapted, read_shape
 from tests.tiny import model_config
