@@ -17,6 +17,10 @@ FULL, OFFLOAD, ATTENTION, NONE = "full", "offload", "attention", "none"
 LEVELS = (OFFLOAD, FULL, ATTENTION, NONE)
 """What is computed again in a block's backward, those that keep least on the device first. OFFLOAD is FULL with the
 block's input in host memory."""
+_TILE_ELEMENTS = 2**30
+"""Elements of the MLP's widest tensor in a piece, in plans with OFFLOAD."""
+_IN_A_PIECE = 7
+"""So many such tensors are there at once: gate, up, their activation and product, and gradients of three of them."""
 _STATISTIC = 4
 """Bytes of a log-sum-exp, or of a norm's reciprocal: fp32."""
 
@@ -102,8 +106,32 @@ def _uncompiled(shape: Shape, setup: Setup) -> float:
     return total + size * setup.rank * len(setup.adapters)
 
 
-def in_backward(shape: Shape, setup: Setup) -> float:
-    """Bytes for each token that a block's backward needs besides what is kept: gradients on their way."""
+def rebuilt(shape: Shape, setup: Setup, tokens: int, *, pieces: bool) -> float:
+    """Bytes of a block of which everything is there, when its backward begins.
+
+    Args:
+        shape: of the model.
+        setup: of the run.
+        tokens: of the rank.
+        pieces: its MLP works on pieces of a long sequence, as it does in plans with OFFLOAD.
+    """
+    whole = kept(shape, setup, NONE).device * tokens
+    tile = _TILE_ELEMENTS // shape.intermediate
+    if not pieces or tokens <= tile:
+        return whole
+    inner = setup.compute * shape.intermediate
+    return whole - (3 if setup.compiled else 4) * inner * tokens + _IN_A_PIECE * inner * tile
+
+
+def in_backward(shape: Shape, setup: Setup, tokens: int, *, pieces: bool) -> float:
+    """Bytes that a block's backward needs besides what is kept or rebuilt: gradients on their way.
+
+    Args:
+        shape: of the model.
+        setup: of the run.
+        tokens: of the rank.
+        pieces: as ``rebuilt`` has it.
+    """
     size = setup.compute
     mlp = (3 if setup.compiled else 5) * size * shape.intermediate
     attention = 4 * shape.queries + size * (shape.queries + 2 * _key_width(shape, setup))  # dq is summed in fp32
@@ -112,4 +140,6 @@ def in_backward(shape: Shape, setup: Setup) -> float:
     stream = (2 if setup.compiled else 8) * size * shape.hidden
     if setup.fp8 != "none":
         mlp += shape.intermediate + shape.hidden  # casts
-    return max(mlp, attention) + stream
+    if pieces and tokens > _TILE_ELEMENTS // shape.intermediate:
+        mlp = 0  # counted with the piece
+    return (max(mlp, attention) + stream) * tokens

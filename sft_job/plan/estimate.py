@@ -12,11 +12,11 @@ from sft_job.config.schema import JobConfig
 from sft_job.data.heaviest import accumulates, heaviest_rows
 from sft_job.data.packing import pack_settings, plan_batch
 from sft_job.metrics.flops import model_flops
-from sft_job.plan.activations import ATTENTION, FULL, NONE
+from sft_job.plan.activations import ATTENTION, FULL, NONE, OFFLOAD
 from sft_job.plan.cards import Card
-from sft_job.plan.footprint import Footprint, Micro, footprint, least_recompute
+from sft_job.plan.footprint import Footprint, Micro, footprint, least_recompute, levels_of
 from sft_job.plan.seconds import Parts, Work, joined, micro_seconds, step_end
-from sft_job.plan.setup import GIB, Ranks, Setup, setup_of
+from sft_job.plan.setup import GIB, RECOMPUTE_VALUES, Ranks, Setup, setup_of
 from sft_job.plan.shape import Shape
 
 FITS, TIGHT, TOO_LARGE = "fits", "tight", "does not fit"
@@ -147,13 +147,17 @@ def estimate(config: JobConfig, shape: Shape, card: Card, ranks: Ranks, rows: Ro
     dp = max(1, ranks.world // config.ulysses_sequence_parallel_size)
     setup = setup_of(config, shape, card, ranks, accumulates=_accumulates(config, rows, dp))
     micro, _ = largest_micro(config, rows)
-    levels = (NONE if setup.recompute == "auto" else setup.recompute,) * shape.layers
+    levels = levels_of(NONE if setup.recompute == "auto" else setup.recompute, shape.layers)
     memory = footprint(shape, setup, micro, levels)
     usable = card.memory * GIB - memory.outside
     least = memory.peak
     if setup.recompute == "auto":
-        memory = least_recompute(shape, setup, micro, usable * (1 - _AUTO_MARGIN))
-        least = footprint(shape, setup, micro, _least_levels(shape, ranks)).peak
+        room = usable * (1 - _AUTO_MARGIN)
+        memory = least_recompute(shape, setup, micro, room)
+        last = footprint(shape, setup, micro, _least_levels(shape, ranks))
+        least = last.peak
+        if OFFLOAD in RECOMPUTE_VALUES and memory.peak > room:
+            memory = last
     verdict = FITS if least <= usable * (1 - MARGIN) else TIGHT if least <= usable else TOO_LARGE
     found = Estimate(setup, micro, memory, least, usable, verdict)
     if not timed:
@@ -164,6 +168,8 @@ def estimate(config: JobConfig, shape: Shape, card: Card, ranks: Ranks, rows: Ro
 
 def _least_levels(shape: Shape, ranks: Ranks) -> tuple[str, ...]:
     """What ``auto`` can fall back to: of several ranks none can, so its first measurement must fit."""
+    if OFFLOAD in RECOMPUTE_VALUES:
+        return levels_of(OFFLOAD, shape.layers)
     if ranks.world == 1 or shape.layers < 2:
         return (FULL,) * shape.layers
     return (FULL,) * (shape.layers - 2) + (ATTENTION, NONE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sft_job.plan.activations import ATTENTION, FULL, LEVELS, NONE, OFFLOAD, in_backward, kept
+from sft_job.plan.activations import ATTENTION, FULL, LEVELS, NONE, OFFLOAD, in_backward, kept, rebuilt
 from sft_job.plan.setup import GIB, Setup
 from sft_job.plan.shape import Shape
 
@@ -137,18 +137,18 @@ def _moments_of_step(shape: Shape, setup: Setup, micro: Micro, levels: Sequence[
     before = [0.0]
     for size in sizes:
         before.append(before[-1] + size)
+    pieces = OFFLOAD in levels
+    there = rebuilt(shape, setup, micro.tokens, pieces=pieces)
+    backward = in_backward(shape, setup, micro.tokens, pieces=pieces)
     for block in range(blocks - 1, -1, -1):
-        rebuilt = max(sizes[block], by_level[NONE])
         gradients = (blocks - block) * states.block_grads + waiting * (
             states.block_trained * (block + 1) + states.root_trained
         )
         moment = {
             **common,
-            "activations": before[block] + rebuilt + in_flight,
+            "activations": before[block] + max(sizes[block], there) + in_flight,
             "gradients": gradients + head,
-            "buffers of the backward": in_backward(shape, setup) * micro.tokens
-            + reducing
-            + setup.compute * shape.hidden * micro.tokens,
+            "buffers of the backward": backward + reducing + setup.compute * shape.hidden * micro.tokens,
         }
         found[f"in the backward of block {block + 1} of {blocks}"] = moment
     root = states.root_trained * ((setup.compute + setup.reduce) if unsharded else 0)
@@ -197,6 +197,13 @@ def _host(shape: Shape, setup: Setup, micro: Micro, levels: Sequence[str]) -> di
         frozen = setup.storage * shape.parameters if setup.rank else 0.0
         parts["offloaded weights, gradients, states"] = (4.0 * width * trained + frozen) / setup.shards * gpus
     return {name: size for name, size in parts.items() if size}
+
+
+def levels_of(recompute: str, layers: int) -> tuple[str, ...]:
+    """What each block does for a value of ``model.recompute``; the last block's input is never worth moving."""
+    if recompute == OFFLOAD:
+        return (OFFLOAD,) * (layers - 1) + (FULL,)
+    return (recompute,) * layers
 
 
 def ladder(layers: int) -> list[tuple[str, ...]]:

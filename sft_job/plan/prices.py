@@ -14,13 +14,11 @@ from sft_job.config.layout import ulysses_fits
 from sft_job.config.schema import JobConfig
 from sft_job.plan.cards import Card
 from sft_job.plan.estimate import FITS, Estimate, Rows, estimate, largest_micro
-from sft_job.plan.setup import Ranks
+from sft_job.plan.setup import RECOMPUTE_VALUES, Ranks
 from sft_job.plan.shape import Shape
 
 Changes = Mapping[str, Any]
 RECOMPUTE = "model.recompute"
-_RECOMPUTE_VALUES = ("none", "attention", "full")
-"""Values of ``model.recompute`` that hold for every block."""
 _ROWS, _TOKENS = "data.micro_batch_size_per_gpu", "data.max_token_len_per_gpu"
 _ULYSSES, _SHARDS = "ulysses_sequence_parallel_size", "model.fsdp_config.fsdp_size"
 _OFFLOAD, _DTYPE, _LORA = "model.fsdp_config.cpu_offload", "model.fsdp_config.model_dtype", "model.lora_rank"
@@ -112,7 +110,7 @@ def _alternatives(case: Case) -> Iterator[Changes]:
     """Every change that the table shows, one after the other."""
     config, data, model = case.config, case.config.data, case.config.model
     fsdp, offloads = model.fsdp_config, model.fsdp_config.cpu_offload or model.fsdp_config.offload_params
-    for level in _RECOMPUTE_VALUES:
+    for level in RECOMPUTE_VALUES:
         if model.recompute != level:
             yield {RECOMPUTE: level}
     if data.use_dynamic_bsz:
@@ -159,13 +157,13 @@ def _smaller(case: Case) -> list[tuple[int, list[Changes]]]:
     config, data, model = case.config, case.config.data, case.config.model
     fsdp = model.fsdp_config
     choices: list[tuple[int, list[Changes]]] = []
-    if model.recompute not in ("auto", "full"):
-        lower = {"none": ("auto", "attention", "full"), "attention": ("full",)}.get(model.recompute, ())
-        choices.append((0, [{RECOMPUTE: value} for value in lower]))
-    elif model.recompute == "auto" and not model.enable_gradient_checkpointing:
+    if model.recompute == "auto" and not model.enable_gradient_checkpointing:
         choices.append((0, [{"model.enable_gradient_checkpointing": True}]))
     elif model.recompute == "auto":
-        choices.append((0, [{RECOMPUTE: "full"}]))
+        choices.append((0, [{RECOMPUTE: value} for value in RECOMPUTE_VALUES[2:]]))
+    else:
+        lower = RECOMPUTE_VALUES[RECOMPUTE_VALUES.index(model.recompute) + 1 :]
+        choices.append((0, [{RECOMPUTE: value} for value in lower]))
     if data.use_dynamic_bsz:
         sizes = [data.max_token_len_per_gpu // 2**n for n in range(1, 6)]
         choices.append((0, [{_TOKENS: size} for size in sizes if size >= 256]))

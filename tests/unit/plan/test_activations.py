@@ -18,7 +18,8 @@ from sft_job.model.blocks import Blocks
 from sft_job.model.build import empty_model
 from sft_job.model.recompute import Recompute
 from sft_job.model.supported import decoder_blocks
-from sft_job.plan.activations import ATTENTION, FULL, LEVELS, NONE, OFFLOAD, kept
+from sft_job.plan.activations import ATTENTION, FULL, LEVELS, NONE, OFFLOAD, in_backward, kept, rebuilt
+from sft_job.plan.setup import RECOMPUTE_VALUES
 from sft_job.plan.shape import read_shape
 from tests.tiny import model_config
 from tests.unit.plan.cases import case
@@ -90,6 +91,22 @@ def test_offloaded_inputs_are_in_host_memory() -> None:
     off, full = kept(one.shape, setup, OFFLOAD), kept(one.shape, setup, FULL)
     assert (off.device, off.host) == (0.0, full.device)
     assert full.host == 0.0
+
+
+def test_every_value_of_the_setting_is_planned_for() -> None:
+    assert set(RECOMPUTE_VALUES) == {str(level) for level in Recompute}
+    assert set(RECOMPUTE_VALUES) <= set(LEVELS)
+
+
+def test_in_pieces_an_mlp_needs_no_more_for_longer_rows() -> None:
+    one = case()
+    setup = one.estimate(timed=False).setup
+    short, long = 32_768, 524_288
+    for tokens, gains in ((short, False), (long, True)):
+        whole = rebuilt(one.shape, setup, tokens, pieces=False) + in_backward(one.shape, setup, tokens, pieces=False)
+        cut = rebuilt(one.shape, setup, tokens, pieces=True) + in_backward(one.shape, setup, tokens, pieces=True)
+        assert (cut < 0.6 * whole) == gains
+        assert (cut == whole) != gains
 
 
 def test_adapters_read_only_what_they_adapt() -> None:
