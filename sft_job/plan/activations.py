@@ -57,8 +57,17 @@ def _attended(shape: Shape, setup: Setup) -> float:
 
 
 def _key_width(shape: Shape, setup: Setup) -> int:
-    """Keys that attention works on for each token: key/value heads are repeated up to the Ulysses size."""
+    """Keys that attention works on for each token: key/value heads are repeated up to the Ulysses size, or to all."""
+    if setup.attention == "torch_varlen":
+        return shape.queries
     return max(shape.kv_heads, setup.ulysses) * shape.head_dim
+
+
+def scores(shape: Shape, setup: Setup, longest: int) -> float:
+    """Bytes of the scores that the plain formula keeps of a block's longest document; other backends keep none."""
+    if setup.attention != "eager":
+        return 0.0
+    return shape.heads / setup.ulysses * float(longest) ** 2 * (_STATISTIC + setup.compute)
 
 
 def _attention(shape: Shape, setup: Setup) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sft_job.plan.activations import ATTENTION, FULL, LEVELS, NONE, OFFLOAD, in_backward, kept, rebuilt
+from sft_job.plan.activations import ATTENTION, FULL, LEVELS, NONE, OFFLOAD, in_backward, kept, rebuilt, scores
 from sft_job.plan.setup import GIB, Setup
 from sft_job.plan.shape import Shape
 
@@ -112,6 +112,8 @@ def _moments_of_step(shape: Shape, setup: Setup, micro: Micro, levels: Sequence[
     """What the device holds at each moment that can be the peak."""
     states, blocks = _states(shape, setup), len(levels)
     by_level = {level: kept(shape, setup, level).device * micro.tokens for level in LEVELS}
+    whole = scores(shape, setup, micro.longest)
+    by_level[NONE] += whole
     sizes = [by_level[level] for level in levels]
     base = {"weights": states.weights, "optimizer states": states.moments}
     buffers = states.root_gathered + states.block_gathered * (2 if setup.reshard else blocks)
@@ -138,8 +140,8 @@ def _moments_of_step(shape: Shape, setup: Setup, micro: Micro, levels: Sequence[
     for size in sizes:
         before.append(before[-1] + size)
     pieces = OFFLOAD in levels
-    there = rebuilt(shape, setup, micro.tokens, pieces=pieces)
-    backward = in_backward(shape, setup, micro.tokens, pieces=pieces)
+    there = rebuilt(shape, setup, micro.tokens, pieces=pieces) + whole
+    backward = in_backward(shape, setup, micro.tokens, pieces=pieces) + 2 * whole
     for block in range(blocks - 1, -1, -1):
         gradients = (blocks - block) * states.block_grads + waiting * (
             states.block_trained * (block + 1) + states.root_trained

@@ -51,6 +51,8 @@ def keeps_everything(
     """
     if ranks.world > 1 or not documents or model.get("model_type") not in KNOWN:
         return False
+    if model.get("attn_logit_softcapping"):  # perhaps by the plain formula, which keeps all scores
+        return False
     case = _case(config, model, ranks, documents, usable)
     setup = setup_of(config, case.shape, case.card, ranks, accumulates=accumulates)
     micro, _ = largest_micro(config, case.rows)

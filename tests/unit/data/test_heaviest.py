@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from sft_job.data.heaviest import accumulates, heaviest_rows
 from sft_job.data.packing import PackSettings, plan_batch
 
-
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 
 

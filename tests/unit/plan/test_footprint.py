@@ -71,6 +71,14 @@ def test_more_ranks_never_hold_more_of_the_states(setup: Setup, micro: Micro, pl
         assert more.parts.get(name, 0.0) <= fewer.parts.get(name, 0.0)
 
 
+def test_eight_ranks_hold_an_eighth_of_the_states_each() -> None:
+    plan = (FULL,) * SEVEN.layers
+    one, eight = (footprint(SEVEN, replace(SETUP, ranks=Ranks(n), shards=n), Micro(8, 8, 8), plan) for n in (1, 8))
+    for name, size in (("weights", 2), ("optimizer states", 4)):
+        assert one.parts[name] == size * SEVEN.parameters
+        assert eight.parts[name] == pytest.approx(one.parts[name] / 8)
+
+
 @settings(max_examples=60, deadline=None)
 @given(SETUPS, MICROS, st.integers(0, 50_000), PLANS)
 def test_longer_rows_never_need_less(setup: Setup, micro: Micro, more: int, plan: tuple[str, ...]) -> None:
@@ -129,3 +137,11 @@ def test_nccl_is_beside_the_tensors() -> None:
     micro, plan = Micro(8, 8, 8), (FULL,) * SEVEN.layers
     assert footprint(SEVEN, SETUP, micro, plan).outside == 0
     assert footprint(SEVEN, replace(SETUP, ranks=Ranks(2), shards=2), micro, plan).outside > 0
+
+
+def test_the_plain_formula_keeps_its_scores() -> None:
+    micro, plan = Micro(4096, 4096, 4096), (NONE,) * SEVEN.layers
+    flash, eager = (footprint(SEVEN, replace(SETUP, attention=name), micro, plan).peak for name in ("flash4", "eager"))
+    assert eager - flash > 28 * 28 * 4096**2 * 6  # fp32 and bf16 for each head of each block
+    varlen = footprint(SEVEN, replace(SETUP, attention="torch_varlen"), micro, plan).peak
+    assert varlen - flash > 28 * 2 * 2 * (SEVEN.queries - SEVEN.keys) * 4096 * 0.9

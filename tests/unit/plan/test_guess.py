@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 from sft_job.plan.guess import keeps_everything, planned_remedy
 from sft_job.plan.setup import GIB, Ranks
+from tests.tiny import model_config
 from tests.unit.plan.cases import MODELS, settings
 
 SEVEN = MODELS["qwen2.5-7b"]
@@ -36,7 +39,16 @@ def test_a_remedy_after_memory_ran_out() -> None:
 def test_what_the_plan_had_said_to_fit_gets_another_remedy() -> None:
     """By the plan there is room; the run knows better."""
     line = planned_remedy(settings(**{"model.recompute": "full"}), SEVEN, Ranks(1), (8192, 8192), USABLE)
-    assert line
+    found = re.search(r"about (\d+) GiB", line)
+    assert found is not None
+    assert int(found[1]) < 0.93 * 60.3  # what it needs by the plan as it is
     assert not line.startswith("model.recompute=full")
     assert planned_remedy(settings(), SEVEN, Ranks(1), (), USABLE) == ""
     assert planned_remedy(settings(), {"model_type": "novel"}, Ranks(1), (8,), USABLE) == ""
+
+
+def test_the_config_of_a_built_model() -> None:
+    """As ``job`` hands it over."""
+    for kind, known in (("qwen2", True), ("qwen3", True), ("llama", True), ("gemma2", False)):
+        assert sure(64, 64, model=model_config(kind, 320).to_dict()) == known
+    assert not sure(8192, 8192, model={**SEVEN, "attn_logit_softcapping": 50.0})
