@@ -86,6 +86,7 @@ def plan_json(case: Case, found: Estimate, changes: list[Price], remedy: Remedy 
                 "change": price.words(),
                 "verdict": price.found.verdict,
                 "peak_gib": _gib(price.found.memory.peak),
+                "least_peak_gib": _gib(price.found.least),
                 "step_seconds": price.found.step.seconds if price.found.step else None,
             }
             for price in changes
@@ -176,11 +177,17 @@ def _verdict(found: Estimate, remedy: Remedy | None, longest: int | None) -> Tex
             )
         else:
             text.append("\nsmallest change that fits: ").append(remedy.words(), "bold")
-            seconds = f", {remedy.found.step.seconds:.2f} s a step" if remedy.found.step else ""
-            text.append(
-                f"   ({remedy.found.memory.peak / GIB:.1f} GiB{seconds}{'; ' + remedy.note if remedy.note else ''})"
-            )
+            text.append(f"   ({_remedy_text(remedy)})")
     return text
+
+
+def _remedy_text(remedy: Remedy) -> str:
+    found = remedy.found
+    parts = [f"{found.memory.peak / GIB:.1f} GiB"]
+    if found.step is not None:
+        parts.append(f"{found.step.seconds:.2f} s a step")
+    parts.append(f"{sum(found.memory.host.values()) / GIB:.0f} GiB of host memory on a node")
+    return "; ".join([", ".join(parts), *filter(None, [remedy.note])])
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -226,20 +233,25 @@ def _time_table(case: Case, found: Estimate) -> Table:
 
 
 def _price_table(case: Case, found: Estimate, changes: list[Price]) -> Table:
-    table = _table("what a change costs, each by itself", "setting", "peak GiB", "", "s a step", "", "")
+    """Peaks, and the least that a run can get along with: where auto chooses, the first fills what there is."""
+    columns = ("setting", "peak GiB", "least GiB", "", "s a step", "", "")
+    table = _table("what a change costs, each by itself", *columns)
     assert found.step is not None
+    table.add_row("as it is", *_price_cells(found, found), style="bold")
     for price in changes:
-        other = price.found
-        seconds = other.step.seconds if other.step else 0.0
-        table.add_row(
-            price.words(),
-            f"{other.memory.peak / GIB:.1f}",
-            f"{(other.memory.peak - found.memory.peak) / GIB:+.1f}",
-            f"{seconds:.2f}",
-            f"{seconds / found.step.seconds - 1:+.0%}",
-            Text(other.verdict, _STYLES.get(other.verdict, "bold red")),
-        )
+        table.add_row(price.words(), *_price_cells(found, price.found))
     return table
+
+
+def _price_cells(found: Estimate, other: Estimate) -> list[str | Text]:
+    assert found.step is not None
+    assert other.step is not None
+    memory, least = other.memory.peak / GIB, other.least / GIB
+    cells: list[str | Text] = [f"{memory:.1f}", f"{least:.1f}"]
+    same = other is found
+    cells += ["" if same else f"{least - found.least / GIB:+.1f}", f"{other.step.seconds:.2f}"]
+    cells.append("" if same else f"{other.step.seconds / found.step.seconds - 1:+.0%}")
+    return [*cells, Text(other.verdict, _STYLES.get(other.verdict, "bold red"))]
 
 
 def _trained(case: Case, found: Estimate) -> int:
