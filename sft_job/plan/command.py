@@ -87,6 +87,9 @@ def _case(
     problems: list[Problem] = []
     card, notes = _card(options, problems)
     resolution = _resolved(config_arg, overrides, environ, options)
+    if not resolution.loaded.config.trainer.default_local_dir and not environ.get(Env.CHECKPOINT_DIR):
+        # Nothing is written: a plan needs no run folder.
+        resolution = _resolved(config_arg, overrides, {**environ, Env.CHECKPOINT_DIR: str(Path.cwd())}, options)
     problems += resolution.problems
     shape: Shape | None = None
     if resolution.model is not None:

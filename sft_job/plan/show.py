@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -35,7 +36,7 @@ def of_ceiling(case: Case, found: Estimate) -> float:
 
 def plan_json(case: Case, found: Estimate, changes: list[Price], remedy: Remedy | None, notes: list[str]) -> str:
     """One object with everything that the tables show; memory in GiB, times in seconds."""
-    memory, step, run = found.memory, found.step, found.run
+    setup, levels = found.setup, found.memory.levels
     record: dict[str, Any] = {
         "verdict": found.verdict,
         "card": case.card.name,
@@ -43,60 +44,55 @@ def plan_json(case: Case, found: Estimate, changes: list[Price], remedy: Remedy 
         "ranks": {
             "gpus": case.ranks.gpus,
             "nodes": case.ranks.nodes,
-            "data_parallel": found.setup.dp,
-            "ulysses": found.setup.ulysses,
-            "shards": found.setup.shards,
+            "data_parallel": setup.dp,
+            "ulysses": setup.ulysses,
+            "shards": setup.shards,
         },
         "parameters": case.shape.parameters,
         "trained_parameters": _trained(case, found),
         "largest_micro_batch": {"tokens_per_rank": found.micro.tokens, "longest_document": found.micro.longest},
-        "recompute": {level: memory.levels.count(level) for level in dict.fromkeys(memory.levels)},
-        "memory_gib": {
-            "peak": _gib(memory.peak),
-            "moment": memory.moment,
-            "least_peak": _gib(found.least),
-            "usable": _gib(found.usable),
-            "margin": MARGIN,
-            "parts": {name: _gib(size) for name, size in memory.parts.items()},
-            "host_per_node": {name: _gib(size) for name, size in memory.host.items()},
-        },
+        "recompute": {level: levels.count(level) for level in dict.fromkeys(levels)},
+        "memory_gib": _memory_record(found),
         "data": {"source": case.rows.source, "rows": case.rows.total, "exact": case.rows.exact},
-        "step": None
-        if step is None
-        else {
-            "seconds": step.seconds,
-            "parts": step.parts,
-            "tokens": step.tokens,
-            "micro_batches": step.micro_batches,
-            "tokens_per_second_per_gpu": tokens_per_second(case, found),
-            "of_ceiling": of_ceiling(case, found),
-        },
-        "run": None
-        if run is None
-        else {
-            "steps": run.steps,
-            "seconds": run.total,
-            "stepping": run.stepping,
-            "validating": run.validating,
-            "saving": run.saving,
-            "starting": run.starting,
-        },
-        "prices": [
-            {
-                "change": price.words(),
-                "verdict": price.found.verdict,
-                "peak_gib": _gib(price.found.memory.peak),
-                "least_peak_gib": _gib(price.found.least),
-                "step_seconds": price.found.step.seconds if price.found.step else None,
-            }
-            for price in changes
-        ],
+        "step": _step_record(case, found),
+        "run": None if found.run is None else {**asdict(found.run), "seconds": found.run.total},
+        "prices": [_price_record(price) for price in changes],
         "smallest_change": None
         if remedy is None
         else {"change": remedy.words(), "note": remedy.note, "peak_gib": _gib(remedy.found.memory.peak)},
         "notes": notes,
     }
     return json.dumps(record, indent=1)
+
+
+def _memory_record(found: Estimate) -> dict[str, Any]:
+    memory = found.memory
+    return {
+        "peak": _gib(memory.peak),
+        "moment": memory.moment,
+        "least_peak": _gib(found.least),
+        "usable": _gib(found.usable),
+        "margin": MARGIN,
+        "parts": {name: _gib(size) for name, size in memory.parts.items()},
+        "host_per_node": {name: _gib(size) for name, size in memory.host.items()},
+    }
+
+
+def _step_record(case: Case, found: Estimate) -> dict[str, Any] | None:
+    if found.step is None:
+        return None
+    rates = {"tokens_per_second_per_gpu": tokens_per_second(case, found), "of_ceiling": of_ceiling(case, found)}
+    return {**asdict(found.step), **rates}
+
+
+def _price_record(price: Price) -> dict[str, Any]:
+    return {
+        "change": price.words(),
+        "verdict": price.found.verdict,
+        "peak_gib": _gib(price.found.memory.peak),
+        "least_peak_gib": _gib(price.found.least),
+        "step_seconds": price.found.step.seconds if price.found.step else None,
+    }
 
 
 def show_plan(

@@ -88,6 +88,11 @@ def test_own_data_in_a_sample_and_in_the_cache(plan: Plan, inputs: Path) -> None
     assert warm["run"]["steps"] == -(-rows.num_rows // 8) * 4
 
 
+def test_no_run_folder_is_needed(plan: Plan) -> None:
+    result = plan("--gpu", "h200", "--gpus", "1", "--length", "64", "--json", "trainer.default_local_dir=null")
+    assert result.exit_code == 0, result.stderr
+
+
 def test_bad_input(plan: Plan, tmp_path: Path) -> None:
     wrong = plan("--gpu", "h20o", "--length", "64", "data.train_batch_sise=3")
     assert wrong.exit_code == 2
