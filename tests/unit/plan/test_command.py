@@ -88,8 +88,12 @@ def test_own_data_in_a_sample_and_in_the_cache(plan: Plan, inputs: Path) -> None
     assert warm["run"]["steps"] == -(-rows.num_rows // 8) * 4
 
 
-def test_no_run_folder_is_needed(plan: Plan) -> None:
-    result = plan("--gpu", "h200", "--gpus", "1", "--length", "64", "--json", "trainer.default_local_dir=null")
+def test_no_run_folder_is_needed(plan: Plan, inputs: Path, tmp_path: Path) -> None:
+    text = (inputs / "config.yaml").read_text().replace(f"default_local_dir: {inputs}/run, ", "")
+    assert "default_local_dir" not in text
+    (tmp_path / "bare.yaml").write_text(text)
+    words = ["plan", str(tmp_path / "bare.yaml"), "--gpu", "h200", "--length", "64", "--json"]
+    result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.stderr
 
 
