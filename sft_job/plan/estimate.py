@@ -25,6 +25,7 @@ MARGIN = 0.08
 _AUTO_MARGIN = 0.05
 """Share that ``model.recompute: auto`` leaves free at its first try, as ``fitting`` has it."""
 _BATCHES, _ROUNDS = 4, 16
+_MANY = 20_000
 _START_SECONDS = 60.0
 _DISK = 1.0e9
 """Bytes a second that a rank writes of its checkpoint: 42.6 GiB in 43 s (H200 host, shared memory as the disk)."""
@@ -42,6 +43,7 @@ class Rows:
         trained: share of the tokens that have a target.
         source: where this comes from, for people.
         validation: rows of validation.
+        heavy: of many lengths those that the largest micro-batch is looked for among; None = all.
     """
 
     lengths: npt.NDArray[np.int32]
@@ -51,6 +53,19 @@ class Rows:
     trained: float
     source: str
     validation: int = 0
+    heavy: npt.NDArray[np.int32] | None = None
+
+    @classmethod
+    def of_all(cls, lengths: npt.NDArray[np.int32], total: int, trained: float, source: str, validation: int) -> Rows:
+        """Rows whose lengths are all known; of very many the longest, and a selection, stand for all."""
+        longest = int(lengths.max())
+        if len(lengths) <= _MANY:
+            return cls(lengths, total, True, longest, trained, source, validation)
+        ascending = np.sort(lengths)
+        rest = ascending[: -_MANY // 2]
+        heavy = np.concatenate([rest[:: -(-len(rest) // (_MANY // 2))], ascending[-_MANY // 2 :]])
+        drawn = np.random.default_rng(0).choice(lengths, _MANY, replace=False)
+        return cls(drawn, total, True, longest, trained, source, validation, heavy)
 
 
 @dataclass(frozen=True)
@@ -116,7 +131,7 @@ class Estimate:
 def largest_micro(config: JobConfig, rows: Rows) -> tuple[Micro, list[int]]:
     """The largest micro-batch as a rank of its group sees it, and the tokens of its documents."""
     settings, batch = pack_settings(config), config.data.train_batch_size
-    lengths = rows.lengths
+    lengths = rows.lengths if rows.heavy is None else rows.heavy
     if not rows.exact:
         # A sample does not show the longest rows; several of them may meet.
         together = 1 if not settings.pack else settings.rows or 1
@@ -127,7 +142,7 @@ def largest_micro(config: JobConfig, rows: Rows) -> tuple[Micro, list[int]]:
 
 
 def _accumulates(config: JobConfig, rows: Rows, dp: int) -> bool:
-    batch, lengths = config.data.train_batch_size, rows.lengths
+    batch, lengths = config.data.train_batch_size, rows.lengths if rows.heavy is None else rows.heavy
     if not rows.exact and (rows.total is None or rows.total > len(lengths)):
         lengths = np.full(batch, max(rows.longest, 1), dtype=np.int32)
     return accumulates(lengths, pack_settings(config), batch, dp)

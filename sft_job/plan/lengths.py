@@ -100,7 +100,7 @@ def _of_caches(specs: list[CacheSpec], caches: list[TokenCache], validation: int
     tokens = sum(int(cache.lengths.sum(dtype=np.int64)) for cache in caches)
     targets = sum(int(cache.targets.sum(dtype=np.int64)) for cache in caches)
     source = f"token cache: {sum(cache.num_rows for cache in caches):,} rows, {_histogram(lengths)}"
-    return Rows(lengths, total, True, int(lengths.max()), max(0.01, targets / tokens), source, validation)
+    return Rows.of_all(lengths, total, max(0.01, targets / tokens), source, validation)
 
 
 def _of_samples(config: JobConfig, specs: list[CacheSpec], validation: int) -> Rows:

@@ -137,8 +137,8 @@ def _alternatives(case: Case) -> Iterator[Changes]:
         yield {_DTYPE: "fp32"}
     if case.ranks.world > 1:
         yield {_RESHARD: not fsdp.reshard_after_forward}
-        if case.ranks.nodes > 1 and fsdp.fsdp_size == -1:
-            yield {_SHARDS: case.ranks.gpus}
+        if fsdp.fsdp_size == -1 and case.ranks.world > 2:
+            yield {_SHARDS: case.ranks.gpus if case.ranks.nodes > 1 else case.ranks.world // 2}
         elif fsdp.fsdp_size not in (-1, case.ranks.world):
             yield {_SHARDS: -1}
 

@@ -97,7 +97,7 @@ def test_prices_of_what_matters() -> None:
     for words in (
         "model.recompute=full", "data.micro_batch_size_per_gpu=1", "ulysses_sequence_parallel_size=4",
         "model.fp8=tensorwise", "model.lora_rank=16", "model.fsdp_config.cpu_offload=true",
-        "model.fsdp_config.reshard_after_forward=false",
+        "model.fsdp_config.reshard_after_forward=false", "model.fsdp_config.fsdp_size=2",
     ):  # fmt: skip
         assert words in found
     assert now.step is not None
@@ -125,6 +125,22 @@ def test_a_sample_is_planned_for_the_longest_row_that_may_come() -> None:
     assert largest_micro(config, exact)[0].tokens == 50
     assert largest_micro(config, sample)[0].tokens == 8192
     assert largest_micro(config, sample)[0].longest == 4096
+
+
+@pytest.mark.parametrize("packs", [
+    {"data.use_dynamic_bsz": True, "data.max_token_len_per_gpu": 65_536}, {"data.micro_batch_size_per_gpu": 8},
+])  # fmt: skip
+def test_of_very_many_rows_the_longest_stand_for_all(packs: dict[str, Any]) -> None:
+    lengths = np.random.default_rng(2).lognormal(7.0, 1.0, 300_000).clip(16, 40_000).astype(np.int32)
+    config = case(**{"data.train_batch_size": 256, **packs}).config
+    few = Rows.of_all(lengths, 300_000, 1.0, "all", 0)
+    every = Rows(lengths, 300_000, True, int(lengths.max()), 1.0, "all")
+    assert len(few.lengths) < 30_000
+    assert few.heavy is not None
+    assert len(few.heavy) < 30_000
+    assert largest_micro(config, few)[0] == largest_micro(config, every)[0]
+    assert few.lengths.mean() == pytest.approx(lengths.mean(), rel=0.05)
+    assert Rows.of_all(lengths[:100], 100, 1.0, "all", 0).heavy is None
 
 
 def test_mixed_lengths_in_packs_by_tokens() -> None:
