@@ -167,9 +167,8 @@ def _smaller(case: Case) -> list[tuple[int, list[Changes]]]:
     if data.use_dynamic_bsz:
         sizes = [data.max_token_len_per_gpu // 2**n for n in range(1, 6)]
         choices.append((0, [{_TOKENS: size} for size in sizes if size >= 256]))
-    elif config.use_remove_padding and data.micro_batch_size_per_gpu > 1:
-        sizes = sorted({max(1, data.micro_batch_size_per_gpu // 2**n) for n in range(1, 8)}, reverse=True)
-        choices.append((0, [{_ROWS: size} for size in sizes if size < data.micro_batch_size_per_gpu]))
+    elif config.use_remove_padding:
+        choices.append((0, [{_ROWS: size} for size in _other_rows(case)]))
     now = config.ulysses_sequence_parallel_size
     choices.append((0, [{_ULYSSES: size} for size in _legal_ulysses(case.shape, case.ranks) if size > now]))
     if 0 < fsdp.fsdp_size < case.ranks.world:
@@ -183,6 +182,15 @@ def _smaller(case: Case) -> list[tuple[int, list[Changes]]]:
     if model.lora_rank == 0 and model.lora_adapter_path is None:
         choices.append((3, [{_LORA: _RANK}]))
     return [choice for choice in choices if choice[1]]
+
+
+def _other_rows(case: Case) -> list[int]:
+    """Fewer rows at once; or all of a step: nothing is then added up in fp32 over micro-batches."""
+    now, batch = case.config.data.micro_batch_size_per_gpu, case.config.data.train_batch_size
+    groups = max(1, case.ranks.world // case.config.ulysses_sequence_parallel_size)
+    fewer = sorted({max(1, now // 2**n) for n in range(1, 8)} - {now}, reverse=True)
+    at_once = -(-batch // groups)
+    return [*fewer, *([at_once] if at_once > now else [])]
 
 
 _NOTES = {

@@ -75,6 +75,16 @@ def test_the_same_result_comes_before_another_training() -> None:
     assert set(remedy.changes) <= {"model.recompute", "data.micro_batch_size_per_gpu"}
 
 
+def test_all_rows_at_once_may_need_less() -> None:
+    """Over several micro-batches FSDP adds gradients up in fp32, as a whole on every rank."""
+    rows = {"data.micro_batch_size_per_gpu": 1, "model.recompute": "full"}
+    one = case("llama-3-8b", (1024, 1024), **rows)
+    tight = CARDS["h200"].__class__(**{**one.card.__dict__, "memory": 76.0})
+    remedy = smallest_change(Case(one.config, one.shape, tight, one.ranks, one.rows))
+    assert remedy is not None
+    assert remedy.words() == "data.micro_batch_size_per_gpu=2"
+
+
 def test_more_gpus_are_the_last_resort() -> None:
     """A million tokens are too many for a card at any of these settings."""
     remedy = smallest_change(case("llama-3-8b", (1_048_576,)))
