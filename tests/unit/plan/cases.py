@@ -59,7 +59,7 @@ def case(
 
 @dataclass(frozen=True)
 class Measured:
-    """A run on one H200: benchmarks/results/throughput_*_h200_2026-11-23.json; of LoRA only the peak is known, from a log."""
+    """A run on one H200: benchmarks/results/throughput_*_h200_2026-11-23.json; of LoRA only its peak is known."""
 
     name: str
     model: str
