@@ -122,6 +122,32 @@ def preview(
 
 
 @app.command()
+def plan(
+    settings: Settings = None,
+    gpus: Annotated[int | None, typer.Option("--gpus", min=1, help="GPUs of each node; default: as here.")] = None,
+    nodes: Annotated[int | None, typer.Option("--nodes", min=1, help="Nodes; default: as here.")] = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="Card: h200, h100, a100, ...; default: the one here.")
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option("--gpu-memory", min=1, help="GiB that tensors can have, instead of the card's.")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option("--length", min=1, help="Tokens of every row, instead of the data's own.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")] = False,
+) -> None:
+    """Say what a run will take in memory and time, what each setting costs, and what would fit; no GPU, no weights.
+
+    Exit codes: 0 where it fits, 88 where it does not, 2, 65 and 66 as check.
+    """
+    from sft_job.plan.command import PlanOptions, plan_job  # noqa: PLC0415  a command loads only what it needs
+
+    config, overrides = split_settings(settings)
+    raise typer.Exit(plan_job(config, overrides, os.environ, PlanOptions(gpus, nodes, gpu, memory, length, json)))
+
+
+@app.command()
 def status(
     run: Annotated[
         str | None,

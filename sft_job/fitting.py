@@ -132,12 +132,14 @@ class Attempt:
         recover: puts the model back after a rehearsal that ran out of memory; False where that cannot be done.
         memory: of the device.
         device: on which the ranks exchange numbers.
+        keeps_all: by the plan (``sft_job.plan``) everything can surely be kept.
     """
 
     rehearse: Callable[[], None]
     recover: Callable[[], bool]
     memory: DeviceMemory
     device: torch.device
+    keeps_all: bool = False
 
 
 def fit_recompute(blocks: Blocks, attempt: Attempt) -> str:
@@ -159,6 +161,8 @@ def fit_recompute(blocks: Blocks, attempt: Attempt) -> str:
     if count < 2:
         attempt.rehearse()
         return ""
+    if (found := _everything_kept(blocks, attempt)) is not None:
+        return found
     blocks.set_plan(probe_plan(count))
     if not _went_through(attempt):  # compiles; what that takes is no measure of a step
         blocks.set_plan(everything)
@@ -178,6 +182,23 @@ def fit_recompute(blocks: Blocks, attempt: Attempt) -> str:
             return plan_text(blocks.plan, memory.peak(), limit)
     blocks.set_plan(everything)
     return _everything(blocks, attempt)
+
+
+def _everything_kept(blocks: Blocks, attempt: Attempt) -> str | None:
+    """Where the plan is sure: two rehearsals and one kind of block to compile, instead of three of each."""
+    nothing, memory = [Recompute.NONE] * len(blocks.plan), attempt.memory
+    sure = nothing if attempt.keeps_all else [Recompute.FULL] * len(nothing)
+    if _agreed(sure, attempt.device) != nothing:
+        return None
+    blocks.set_plan(nothing)
+    if not _went_through(attempt):  # compiles; what that takes is no measure of a step
+        return None
+    limit = memory.usable()
+    if not _fits(attempt):
+        return None
+    worst = torch.tensor(memory.peak() > limit * (1 - _MARGIN), device=attempt.device).int()
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    return None if worst.item() else plan_text(blocks.plan, memory.peak(), limit)
 
 
 def _everything(blocks: Blocks, attempt: Attempt) -> str:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,6 +58,8 @@ from sft_job.model.precision import precision_of
 from sft_job.optimizer import build_optimizer
 from sft_job.parallel.fsdp import forget_broken_step
 from sft_job.parallel.mesh import Mesh, build_mesh
+from sft_job.plan.guess import keeps_everything, planned_remedy
+from sft_job.plan.setup import Ranks
 from sft_job.pulse import FINISHING, LOADING, TRAINING
 from sft_job.rehearsal import longest_batches, rehearse, step_accumulates
 from sft_job.runtime import Runtime, StopWish, agree, peak_memory
@@ -122,7 +125,11 @@ class Job:
 
         if _chooses_recompute(self.config, self.runtime.device):
             device = self.runtime.device
-            plan = fit_recompute(self.module.blocks, Attempt(once, self._recover, CudaMemory(device), device))
+            memory = CudaMemory(device)
+            sure = keeps_everything(
+                *self._for_plan(self.longest[0]), memory.usable(), accumulates=len(self.longest) > 1
+            )
+            plan = fit_recompute(self.module.blocks, Attempt(once, self._recover, memory, device, sure))
             if self.loggers is not None and plan:
                 self.loggers.message(plan)
         else:
@@ -132,6 +139,16 @@ class Job:
             ulysses = self.config.ulysses_sequence_parallel_size
             used = f", peak memory {peak / GIB:.1f} GiB" if peak is not None else ""
             self.loggers.message(f"rehearsal: {shapes_text(self.longest[0], ulysses)}{used}")
+
+    def _for_plan(self, batch: PackedBatch) -> tuple[JobConfig, dict[str, Any], Ranks, tuple[int, ...]]:
+        return self.config, self.module.lm.config.to_dict(), Ranks(self.runtime.world), batch.document_lengths
+
+    def _planned_remedy(self, batch: PackedBatch | None) -> str:
+        """The smallest change that fits by the plan; a fault in it must not hide what went wrong."""
+        if batch is not None and self.runtime.device.type == "cuda":
+            with contextlib.suppress(Exception):
+                return planned_remedy(*self._for_plan(batch), CudaMemory(self.runtime.device).usable())
+        return ""
 
     def _recover(self) -> bool:
         """After a rehearsal that broke off; what it left of gradients would be added to the first step's."""
@@ -151,7 +168,8 @@ class Job:
             if batch is not None:
                 where += f": {shapes_text(batch, config.ulysses_sequence_parallel_size)}"
             kinds = memory_by_kind(self.module, self.optimizer, self.runtime.device)
-            advice = remedies(config, batch.max_seqlen if batch else config.data.max_length, self.runtime.world)
+            longest = batch.max_seqlen if batch else config.data.max_length
+            advice = remedies(config, longest, self.runtime.world, self._planned_remedy(batch))
             raise JobError(ExitCode.OUT_OF_MEMORY, out_of_memory_text(error, where, kinds, advice)) from error
 
     def close(self) -> None:

@@ -56,16 +56,17 @@ def shapes_text(batch: PackedBatch, ulysses_size: int) -> str:
     return text if ulysses_size == 1 else f"{text}; {batch.input_ids.shape[1]:,} tokens on each of {ulysses_size} ranks"
 
 
-def remedies(config: JobConfig, longest: int, world: int) -> list[str]:
+def remedies(config: JobConfig, longest: int, world: int, planned: str = "") -> list[str]:
     """Settings that lower the need, the cheapest in speed first; only those that this config has not used up.
 
     Args:
         config: the run's settings.
         longest: tokens of the longest document of the batch that did not fit.
         world: ranks of the run.
+        planned: what ``plan.guess.planned_remedy`` says; it comes first.
     """
     data, model, ulysses = config.data, config.model, config.ulysses_sequence_parallel_size
-    lines: list[str] = []
+    lines = [planned] if planned else []
     if model.recompute != "full":
         lines.append("model.recompute=full recomputes every block instead of keeping activations")
     if data.use_dynamic_bsz and data.max_token_len_per_gpu * ulysses > longest:

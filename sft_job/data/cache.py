@@ -49,6 +49,7 @@ __all__ = [
     "TokenCache",
     "TokenRow",
     "cache_spec",
+    "find_cache",
     "open_cache",
     "open_or_build",
 ]
@@ -261,6 +262,15 @@ def open_or_build(spec: CacheSpec, folder: Path, workers: int, progress: Progres
             raise unwritable(folder, error) from error
         raise
     return TokenCache(final, spec.origins)
+
+
+def find_cache(spec: CacheSpec, folder: Path) -> TokenCache | None:
+    """The cache for ``spec`` where it is in ``folder`` already; None else. Reads all of the data's files once.
+
+    Raises:
+        ProblemsError: as ``CacheSpec.fingerprint`` says.
+    """
+    return _published(folder / _name(spec, spec.fingerprint()), spec)
 
 
 def _name(spec: CacheSpec, fingerprint: str) -> str:

@@ -17,7 +17,7 @@ from sft_job.data.footer import UNREADABLE, one_line
 from sft_job.data.judge import judge, nothing_usable
 from sft_job.data.pieces import Gap, Piece, Segment, batch_stream, names_in, numbered_segment
 from sft_job.data.spec import CacheSpec
-from sft_job.data.tokenise import PieceTokeniser
+from sft_job.data.tokenise import Int32, PieceTokeniser
 from sft_job.data.workers import available_cores
 from sft_job.errors import Problem
 
@@ -59,6 +59,41 @@ def check_sample(spec: CacheSpec, rows: int, allowed: float = 0.0) -> Looked:
             piece.append(found)
         outcome.add(tokeniser.run(piece))
     return _looked(spec, outcome, tokeniser.notes, allowed, "(in a sample) ")
+
+
+class SampledLengths(NamedTuple):
+    """Lengths of some rows.
+
+    Attributes:
+        lengths: tokens of each usable row of the sample.
+        targets: of these, those that are trained.
+        read: rows that were read.
+        total: rows of the data set.
+    """
+
+    lengths: Int32
+    targets: Int32
+    read: int
+    total: int
+
+
+def sample_lengths(spec: CacheSpec, rows: int) -> SampledLengths:
+    """Tokens of about ``rows`` rows from the places that ``check_sample`` looks at.
+
+    Raises:
+        ProblemsError: the tokenizer (66) or the template (2) cannot be used.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        tokeniser = PieceTokeniser(spec, Path(folder))
+        custom = tokeniser.custom
+        piece = Piece(0)
+        for found in _segments(spec, rows) if custom is None else _numbered(len(custom), rows):
+            piece.append(found)
+        result = tokeniser.run(piece)
+    total = sum(pq.read_metadata(file).num_rows for file in spec.sources) if custom is None else len(custom)
+    total = min(total, spec.max_samples) if spec.max_samples >= 0 else total
+    read = sum(counts.rows_read for counts in result.counts.values())
+    return SampledLengths(result.lengths, result.targets, read, total)
 
 
 def check_all(spec: CacheSpec, allowed: float = 0.0, workers: int | None = None) -> Looked:

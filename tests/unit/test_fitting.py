@@ -145,7 +145,7 @@ def _one_rank() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def fitted(card: Card, count: int = 8) -> tuple[str, tuple[Recompute, ...]]:
+def fitted(card: Card, count: int = 8, *, keeps_all: bool = False) -> tuple[str, tuple[Recompute, ...]]:
     modules = [Block() for _ in range(count)]
     blocks = Blocks(modules, next(b for b in BACKENDS if b.name == "sdpa"), compiled=False)
     blocks.set_plan([FULL] * count)
@@ -160,7 +160,7 @@ def fitted(card: Card, count: int = 8) -> tuple[str, tuple[Recompute, ...]]:
             module(torch.zeros(()))
         card.taken = 0
 
-    text = fit_recompute(blocks, Attempt(rehearse, card.recover, card, torch.device("cpu")))
+    text = fit_recompute(blocks, Attempt(rehearse, card.recover, card, torch.device("cpu"), keeps_all))
     assert card.tried[-1] == blocks.plan, "the plan was gone through"
     assert card.held == 0
     assert not any("watching" in repr(module.forward) for module in modules)
@@ -219,6 +219,23 @@ def test_a_batch_that_does_not_fit_is_an_error(size, recoverable) -> None:
     """Not even with everything recomputed; or this torch cannot go on after it."""
     with pytest.raises(torch.OutOfMemoryError):
         fitted(Card(size, recoverable=recoverable))
+
+
+def test_where_the_plan_is_sure_nothing_is_probed() -> None:
+    card = Card(600)
+    text, plan = fitted(card, keeps_all=True)
+    assert plan == (NONE,) * 8
+    assert card.tried == [plan] * 2
+    assert "8 nothing; peak" in text
+
+
+@pytest.mark.parametrize("size", [505, 515, 400])
+def test_a_plan_that_was_wrong_costs_no_more_than_its_rehearsals(size) -> None:
+    """Weights of 100 and eight blocks of 50 need 500: little would be left free, or there is not so much."""
+    card = Card(size)
+    plan = fitted(card, keeps_all=True)[1]
+    assert plan == fitted(Card(size))[1]
+    assert len(card.tried) == 3 + (1 if size < 500 else 2)
 
 
 def test_one_block_is_only_rehearsed() -> None:

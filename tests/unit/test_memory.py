@@ -82,3 +82,9 @@ def test_what_counts_as_out_of_memory():
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert is_out_of_memory(RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: not enough"))
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
+
+
+def test_what_the_plan_says_comes_first():
+    lines = remedies(JobConfig(), 100, 1, "model.recompute=full is the smallest change")
+    assert lines[0] == "model.recompute=full is the smallest change"
+    assert len(lines) == 1 + len(remedies(JobConfig(), 100, 1))

@@ -1,4 +1,4 @@
-"""Which rows the rehearsal goes through."""
+"""Which rows the rehearsal goes through, and plans count on."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sft_job.data.heaviest import accumulates, heaviest_rows
 from sft_job.data.packing import PackSettings, plan_batch
-from sft_job.rehearsal import accumulates, heaviest_rows
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 

@@ -1,0 +1,85 @@
+"""What the plan says to a run that has begun: can everything be kept, and what would fit where memory ran out?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from sft_job.config.schema import JobConfig
+from sft_job.plan.activations import NONE
+from sft_job.plan.cards import CARDS
+from sft_job.plan.estimate import Rows, largest_micro
+from sft_job.plan.footprint import footprint
+from sft_job.plan.prices import Case, smallest_change
+from sft_job.plan.setup import GIB, Ranks, setup_of
+from sft_job.plan.shape import KNOWN, read_shape
+
+_SURE = 0.12
+"""Share of the memory that must stay free by the plan before the first rehearsal keeps everything."""
+
+
+def _case(config: JobConfig, model: Mapping[str, Any], ranks: Ranks, documents: Sequence[int], usable: float) -> Case:
+    lengths = np.array(documents, dtype=np.int32)
+    rows = Rows(lengths, None, True, int(lengths.max()), 1.0, "the batch")
+    card = replace(CARDS["h200"], memory=usable / GIB)
+    return Case(config, read_shape(model), card, ranks, rows)
+
+
+def keeps_everything(
+    config: JobConfig,
+    model: Mapping[str, Any],
+    ranks: Ranks,
+    documents: Sequence[int],
+    usable: float,
+    *,
+    accumulates: bool,
+) -> bool:
+    """Whether the largest micro-batch surely fits with nothing computed again.
+
+    Of several ranks none recovers from a rehearsal that ran out of memory, and plans for them were not measured: False.
+
+    Args:
+        config: the run's settings.
+        model: its ``config.json``.
+        ranks: of the run.
+        documents: tokens of each document of the largest micro-batch.
+        usable: bytes of device memory that tensors can have.
+        accumulates: a step may have several micro-batches.
+    """
+    if ranks.world > 1 or not documents or model.get("model_type") not in KNOWN:
+        return False
+    if model.get("attn_logit_softcapping"):  # perhaps by the plain formula, which keeps all scores
+        return False
+    case = _case(config, model, ranks, documents, usable)
+    setup = setup_of(config, case.shape, case.card, ranks, accumulates=accumulates)
+    micro, _ = largest_micro(config, case.rows)
+    levels = (NONE,) * case.shape.layers
+    return footprint(case.shape, setup, micro, levels).peak <= usable * (1 - _SURE)
+
+
+def planned_remedy(
+    config: JobConfig, model: Mapping[str, Any], ranks: Ranks, documents: Sequence[int], usable: float
+) -> str:
+    """A line on the smallest change that fits, by the plan; empty where it knows none.
+
+    Args:
+        config: settings of a run that did not fit.
+        model: its ``config.json``.
+        ranks: of the run.
+        documents: tokens of each document of the micro-batch that did not fit.
+        usable: bytes of device memory that tensors can have.
+    """
+    if not documents or model.get("model_type") not in KNOWN:
+        return ""
+    case = _case(config, model, ranks, documents, usable)
+    # It did not fit, whatever the plan says of it: what is advised must need clearly less.
+    least = case.estimate(timed=False).least
+    case = _case(config, model, ranks, documents, min(usable, least))
+    remedy = smallest_change(case)
+    if remedy is None:
+        return ""
+    peak = remedy.found.memory.peak / GIB
+    return f"{remedy.words()} is the smallest change that fits by `sft-job plan` (about {peak:.0f} GiB)"

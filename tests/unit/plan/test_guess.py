@@ -1,0 +1,54 @@
+"""What the plan tells a run that has begun."""
+
+from __future__ import annotations
+
+import re
+
+from sft_job.plan.guess import keeps_everything, planned_remedy
+from sft_job.plan.setup import GIB, Ranks
+from tests.tiny import model_config
+from tests.unit.plan.cases import MODELS, settings
+
+SEVEN = MODELS["qwen2.5-7b"]
+USABLE = 138.5 * GIB
+
+
+def sure(*documents: int, model: dict = SEVEN, gpus: int = 1, usable: float = USABLE) -> bool:
+    return keeps_everything(settings(), model, Ranks(gpus), documents, usable, accumulates=False)
+
+
+def test_everything_is_kept_where_there_is_room() -> None:
+    assert sure(8192, 8192)  # measured: 115.2 of 138.5 GiB
+    assert not sure(16384, 16384)
+    assert not sure(8192, 8192, usable=120 * GIB)
+
+
+def test_of_several_ranks_or_another_model_nothing_is_sure() -> None:
+    assert not sure(64, gpus=2)
+    assert not sure(64, model={**SEVEN, "model_type": "novel"})
+    assert not sure()
+
+
+def test_a_remedy_after_memory_ran_out() -> None:
+    config = settings(**{"model.recompute": "none"})
+    line = planned_remedy(config, SEVEN, Ranks(1), (16384, 16384), USABLE)
+    assert line.startswith(("model.recompute=", "data.micro_batch_size_per_gpu="))
+    assert "smallest change that fits" in line
+
+
+def test_what_the_plan_had_said_to_fit_gets_another_remedy() -> None:
+    """By the plan there is room; the run knows better."""
+    line = planned_remedy(settings(**{"model.recompute": "full"}), SEVEN, Ranks(1), (8192, 8192), USABLE)
+    found = re.search(r"about (\d+) GiB", line)
+    assert found is not None
+    assert int(found[1]) < 0.93 * 60.3  # what it needs by the plan as it is
+    assert not line.startswith("model.recompute=full")
+    assert planned_remedy(settings(), SEVEN, Ranks(1), (), USABLE) == ""
+    assert planned_remedy(settings(), {"model_type": "novel"}, Ranks(1), (8,), USABLE) == ""
+
+
+def test_the_config_of_a_built_model() -> None:
+    """As ``job`` hands it over."""
+    for kind, known in (("qwen2", True), ("qwen3", True), ("llama", True), ("gemma2", False)):
+        assert sure(64, 64, model=model_config(kind, 320).to_dict()) == known
+    assert not sure(8192, 8192, model={**SEVEN, "attn_logit_softcapping": 50.0})
