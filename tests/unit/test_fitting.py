@@ -19,7 +19,7 @@ from sft_job.model.attention.choose import BACKENDS
 from sft_job.model.blocks import Blocks
 from sft_job.model.recompute import Recompute
 
-NONE, ATTENTION, FULL = Recompute
+NONE, ATTENTION, FULL, OFFLOAD = Recompute
 SIZES = st.integers(0, 400)
 
 

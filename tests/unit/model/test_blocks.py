@@ -24,7 +24,7 @@ from sft_job.model.supported import decoder_blocks
 from tests.tiny import model_config
 from tests.traced import CALLS, TRACED
 
-NONE, ATTENTION, FULL = Recompute
+NONE, ATTENTION, FULL, OFFLOAD = Recompute
 SDPA, EAGER = (next(b for b in BACKENDS if b.name == name) for name in ("sdpa", "eager"))
 PLANS = [(NONE, NONE), (ATTENTION, ATTENTION), (FULL, FULL), (FULL, ATTENTION), (ATTENTION, NONE)]
 
