@@ -18,7 +18,7 @@ from sft_job.config.schema import ModelConfig
 from sft_job.model.attention.call import Backend
 from sft_job.model.offload import InputStore
 from sft_job.model.recompute import BlockForward, Recompute, draws_random_numbers, recomputing
-from sft_job.model.tiled import TILE_ELEMENTS, dense_mlp, tile_tokens, tiled
+from sft_job.model.tiled import TILE_ELEMENTS, dense_mlp, tile_tokens, tiled, widest
 
 INDUCTOR = "inductor"
 
@@ -50,6 +50,7 @@ class Blocks:
         """Where inputs wait in a plan with ``offload``."""
         self._mlps = [dense_mlp(block) for block in self._blocks]
         self._tiles = [0 if mlp is None else tile_tokens(mlp, tile_elements) for mlp in self._mlps]
+        self._widths = [0 if mlp is None else widest(mlp) for mlp in self._mlps]
         self._tiled: dict[tuple[Any, int], Any] = {}
         self._plain: list[BlockForward] = [type(block).forward for block in self._blocks]
         self._ops = backend.saved
@@ -77,6 +78,19 @@ class Blocks:
     def can_offload(self) -> bool:
         """Whether a plan may send inputs to host memory: there is a store, and a block whose input can be away."""
         return self.store is not None and len(self._blocks) > 1
+
+    def spared(self, tokens: int, input_bytes: int, element_bytes: int) -> int:
+        """Device memory that full recomputation needs above a plan with ``offload``, by counting.
+
+        Args:
+            tokens: of this rank.
+            input_bytes: of a block's input.
+            element_bytes: of a number.
+        """
+        inputs = (len(self._blocks) - 1) * input_bytes
+        # A piece against the whole: gate, up, their product, the activation, and gradients of three of them.
+        wide = [max(0, tokens - tile) * wide for tile, wide in zip(self._tiles, self._widths, strict=True)]
+        return inputs + 7 * max(wide) * element_bytes
 
     def _tile(self, *, on: bool) -> None:
         """Let MLPs work in pieces, or as they are: on the module, so that its parameters keep their names."""

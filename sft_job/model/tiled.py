@@ -1,8 +1,8 @@
 """A block's MLP in pieces of the sequence: what it widens a token to exists for some tokens only, also in the backward.
 
-At 524,288 tokens of a 7B each of gate, up and product is 18.5 GiB, and a backward has seven such tensors. The MLP works on
-each token alone, so pieces give the same numbers, but for the weights' gradients, which are added up in fp32 over the
-pieces. Inside a recomputed block it costs nothing: its input is kept first, at which the recomputation stops, and the
+At 524,288 tokens of a 7B each of gate, up and product is 18.5 GiB, and a backward has seven such tensors. The MLP works
+on each token alone, so pieces give the same numbers, but for the weights' gradients, which are added up in fp32 over
+the pieces. Inside a recomputed block it costs nothing: its input is kept first, at which the recomputation stops, and the
 forward that gives the piece's gradients is the one that a recomputed block has anyway.
 """
 
@@ -48,8 +48,12 @@ def dense_mlp(block: nn.Module) -> nn.Module | None:
 
 def tile_tokens(mlp: nn.Module, elements: int = TILE_ELEMENTS) -> int:
     """Tokens of a piece at most, by the MLP's widest layer."""
-    widest = max(max(weight.shape) for weight in mlp.parameters())
-    return max(_MULTIPLE, elements // widest // _MULTIPLE * _MULTIPLE)
+    return max(_MULTIPLE, elements // widest(mlp) // _MULTIPLE * _MULTIPLE)
+
+
+def widest(mlp: nn.Module) -> int:
+    """Numbers that the MLP makes of a token in its widest layer."""
+    return max(max(weight.shape) for weight in mlp.parameters())
 
 
 def tiled(forward: MlpForward, piecewise: MlpForward, tokens: int) -> MlpForward:
@@ -69,14 +73,17 @@ def tiled(forward: MlpForward, piecewise: MlpForward, tokens: int) -> MlpForward
     return run
 
 
-@torch.compiler.disable  # between two compiled graphs; the pieces' forward may be compiled itself
-def _apart(mlp: nn.Module, forward: MlpForward, hidden: Tensor, tokens: int) -> Tensor:
+def _pieces(mlp: nn.Module, forward: MlpForward, hidden: Tensor, tokens: int) -> Tensor:
     trained = [parameter for parameter in mlp.parameters() if parameter.requires_grad]
     if not torch.is_grad_enabled() or not (hidden.requires_grad or trained):
         return _forward(mlp, forward, hidden, tokens)
     anchor = torch.empty(0, requires_grad=True)
     kept = _Keep.apply(anchor, hidden).grad_fn
     return _Pieces.apply(hidden, kept, mlp, forward, tokens, *trained)
+
+
+# Between two compiled graphs; the pieces' forward may be compiled itself.
+_apart: Any = torch.compiler.disable(_pieces)
 
 
 def _split(hidden: Tensor, tokens: int) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Blocks' inputs in host memory: the bits of full recomputation, nothing left on the device, nothing lost on an error."""
+"""Blocks' inputs in host memory: the bits of full recomputation, nothing left on the device or lost on an error."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sft_job.model.offload import PAGE_BYTES, HostPages, InputStore, host_bytes
 from sft_job.model.recompute import Recompute
 from sft_job.model.supported import decoder_blocks
 from tests.tiny import model_config
-from tests.traced import CALLS, TRACED
+from tests.traced import TRACED
 
 FULL, OFFLOAD = Recompute.FULL, Recompute.OFFLOAD
 SDPA = next(b for b in BACKENDS if b.name == "sdpa")
@@ -266,11 +266,8 @@ def test_plans_change_on_the_way() -> None:
 
 
 def test_the_host_gives_no_more() -> None:
-    class Empty(HostPages):
-        pass
-
-    pages = Empty(pin=False, size=2**62)
-    with pytest.raises(JobError, match="recompute=offload.*no more") as caught:
+    pages = HostPages(pin=False, size=2**62)
+    with pytest.raises(JobError, match=r"recompute=offload.*no more") as caught:
         pages.take(1)
     assert caught.value.code is ExitCode.OUT_OF_MEMORY
 
@@ -279,7 +276,3 @@ def test_what_an_input_takes() -> None:
     assert host_bytes(1) == PAGE_BYTES
     assert host_bytes(PAGE_BYTES) == PAGE_BYTES
     assert host_bytes(524_288 * 3584 * 2) == 112 * PAGE_BYTES == 3.5 * 2**30
-
-
-def calls() -> int:
-    return CALLS["attend"]
