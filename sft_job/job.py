@@ -32,10 +32,10 @@ from sft_job.checkpoint.state import RunState, SourceState, flat_config, total_s
 from sft_job.config.load import run_folder
 from sft_job.config.schema import JobConfig
 from sft_job.contract import Env, ExitCode, RunFolder
+from sft_job.costs import packing_of
 from sft_job.data.batches import BatchLoader, PackedBatch
 from sft_job.data.mixture import Mixture, Rows, named_caches, training_order
 from sft_job.data.order import FileOrder, StepRows
-from sft_job.data.packing import pack_settings
 from sft_job.data.places import open_places
 from sft_job.data.prepare import prepare
 from sft_job.deadline import REASON as DEADLINE
@@ -403,7 +403,7 @@ def _loader(config: JobConfig, rows: Rows, order: StepRows, mesh: Mesh) -> Batch
     return BatchLoader(
         rows,
         order,
-        pack_settings(config),
+        packing_of(config),
         dp_rank=place.dp_rank,
         dp_size=place.dp_size,
         ulysses_rank=place.ulysses_rank,
