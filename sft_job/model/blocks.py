@@ -137,7 +137,6 @@ class Blocks:
             return maybe_compiled(recomputing(plain, recompute, self._ops, self._rng), compiler=self._compiler)
         return recomputing(maybe_compiled(plain, compiler=self._compiler), recompute, self._ops, self._rng)
 
-
     def _make_stored(self, plain: BlockForward, recompute: Recompute) -> BlockForward:
         """In a plan with ``offload``: recomputation outside of what is compiled, because inputs are moved between."""
         assert self.store is not None

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+import sft_job
+from sft_job.config.load import load_config
 from sft_job.contract import ExitCode
 from sft_job.errors import JobError
 from sft_job.model.blocks import offload_plan
@@ -101,7 +103,10 @@ def test_mlps_in_pieces(deep, tmp_path, ranks, world, ulysses) -> None:
         )
         for name, kind in (("full", FULL), ("offload", OFFLOAD))
     ]  # fmt: skip
-    wanted, found = ranks(world, run_job_with_gradients, configs[0])[0], ranks(world, run_job_with_gradients, configs[1], True)[0]
+    wanted, found = (
+        ranks(world, run_job_with_gradients, configs[0])[0],
+        ranks(world, run_job_with_gradients, configs[1], True)[0],
+    )
     assert found.losses == pytest.approx(wanted.losses, rel=1e-13)
     for name, gradient in wanted.gradients[0].items():
         assert torch.allclose(found.gradients[0][name], gradient, rtol=1e-9, atol=1e-13), name
@@ -138,3 +143,17 @@ def test_a_host_that_is_too_small_is_said_before_the_first_step(deep, tmp_path, 
         assert "the inputs of 3 blocks" in text
         assert "0.1 GiB left" in text
         assert "model.recompute=auto" in text
+
+
+def test_the_recipe_for_long_documents_trains(deep, tmp_path, ranks) -> None:
+    """As it stands, but for paths, steps, and inputs in host memory as a GPU would choose."""
+    recipe = Path(sft_job.__file__).parent / "recipes" / "long-context.yaml"
+    overrides = [
+        f"data.train_files={deep / 'train.parquet'}", f"model.partial_pretrain={deep / 'qwen3'}", "trainer.logger=[]",
+        f"trainer.default_local_dir={tmp_path / 'run'}", "trainer.total_training_steps=2", OFFLOAD,
+    ]  # fmt: skip
+    loaded = load_config(str(recipe), overrides, {})
+    assert not loaded.problems
+    losses = [found.losses for found in ranks(2, run_job, loaded.config)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 2 and all(loss > 0 for loss in losses[0])

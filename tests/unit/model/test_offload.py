@@ -153,6 +153,19 @@ def test_compiled_blocks(backend) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
+def test_compiled_blocks_with_mlps_in_pieces() -> None:
+    torch._dynamo.reset()
+    module = model(offload_plan(LAYERS, 4), late_store(), compiled=True, tile_elements=1)
+    wanted = gradients(model([FULL] * LAYERS), pack(20), pack(600))
+    for _ in range(2):
+        found = gradients(module, pack(20), pack(600))
+        assert found[0] == pytest.approx(wanted[0], rel=1e-13)
+        for name, grad in wanted[1].items():
+            assert torch.allclose(found[1][name], grad, rtol=1e-9, atol=1e-12), name
+    torch._dynamo.reset()
+
+
 def alive_inputs(module: CausalLMLoss) -> tuple[list[StorageWeakRef], list[Any]]:
     inputs: list[StorageWeakRef] = []
 
