@@ -12,8 +12,8 @@ from sft_job.data.packing import PackSettings, pack_settings
 from sft_job.metrics.flops import FlopsShape
 
 ATTENTION_PRICE = 1.3
-"""Time of a FLOP of attention over that of a FLOP of a matrix product: the backward of flash-attention has five
-products where two are counted twice, and its kernels reach four fifths of a product's rate (H200, flash-attention 4)."""
+"""Time of a FLOP of attention over that of one of a matrix product: the backward of flash-attention has five products
+where four are counted, and its kernels reach about four fifths of a product's rate (H200, flash-attention 4)."""
 
 
 def packing_of(config: JobConfig) -> PackSettings:

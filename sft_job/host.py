@@ -1,4 +1,4 @@
-"""Host memory in which blocks' inputs wait (``model.recompute=offload``): how much it takes, and whether it is there."""
+"""Host memory in which blocks' inputs wait (``model.recompute=offload``): how much that is, and whether it is there."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ class HostNeed:
             ExitCode.OUT_OF_MEMORY,
             f"model.recompute=offload: the inputs of {self.blocks} blocks at {self.tokens:,} tokens on each of "
             f"{self.ranks} ranks take {self.node_bytes / _GIB:.1f} GiB of host memory on this node, which has "
-            f"{room / _GIB:.1f} GiB left\n    fix, any of:\n      more host memory (or a higher limit of the container)\n"
+            f"{room / _GIB:.1f} GiB left\n    fix, any of:\n"
+            "      more host memory (or a higher limit of the container)\n"
             "      ulysses_sequence_parallel_size above what it is, over more nodes\n"
             "      a lower data.max_length, or data.max_token_len_per_gpu where it is above the longest row\n"
             "      model.recompute=auto offloads as many blocks as fit",
@@ -99,6 +100,6 @@ def offload_text(plan: Sequence[Recompute], need: HostNeed) -> str:
     if not moved:
         return ""
     return (
-        f"offload: the inputs of {moved} of {len(plan)} blocks wait in host memory: {size / _GIB:.1f} GiB for each rank, "
-        f"{size * need.ranks / _GIB:.1f} GiB on a node of {need.ranks}"
+        f"offload: the inputs of {moved} of {len(plan)} blocks wait in host memory: {size / _GIB:.1f} GiB for each "
+        f"rank, {size * need.ranks / _GIB:.1f} GiB on a node of {need.ranks}"
     )

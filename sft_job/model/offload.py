@@ -1,15 +1,16 @@
 """Blocks' inputs in host memory between a block's forward and its backward, moved beside the computation.
 
-What is moved is the one tensor that a wholly recomputed block keeps; each rank moves its own tokens. What is left on the
-device then is counted in ``docs/long-documents.md``, which also says why ``model.tiled`` belongs to it.
+What is moved is the one tensor that a wholly recomputed block keeps; each rank moves its own tokens. What is left on
+the device then is counted in ``docs/long-documents.md``, which also says why ``model.tiled`` belongs to it.
 
-Streams. A copy to the host starts when its block's forward starts, and reads a tensor that the computing stream has been
-told to make before; the tensor is held here until the computing stream was told to wait for the copy, which is at the
-next block's forward. So no memory is given back while it is read, and at most two inputs are on the device. A copy back
-writes memory that the allocator has for the computing stream, so it comes behind all that this stream was given so far;
-it starts a block before its input is needed, and the computing stream waits for it before it reads, or gives the memory
-up. Hence a page of host memory comes back to the pool only when the computing stream is behind the copy that read it,
-and as copies to the host are behind the computing stream, none writes a page that is still read. The CPU never waits.
+Streams. A copy to the host starts when its block's forward starts, and reads a tensor that the computing stream has
+been told to make before; the tensor is held here until the computing stream was told to wait for the copy, which is at
+the next block's forward. So no memory is given back while it is read, and at most two inputs are on the device. A copy
+back writes memory that the allocator has for the computing stream, so it comes behind all that this stream was given
+so far; it starts a block before its input is needed, and the computing stream waits for it before it reads, or gives
+the memory up. Hence a page of host memory comes back to the pool only when the computing stream is behind the copy that
+read it, and as copies to the host are behind the computing stream, none writes a page that is still read. The CPU
+never waits.
 """
 
 from __future__ import annotations
@@ -136,8 +137,8 @@ class HostPages:
         except RuntimeError as error:
             raise JobError(
                 ExitCode.OUT_OF_MEMORY,
-                f"model.recompute=offload: the host gave {self.held / 2**30:.1f} GiB of page-locked memory to this rank "
-                f"and no more: {str(error).splitlines()[0]}\n    fix: more host memory (or a higher limit of the "
+                f"model.recompute=offload: the host gave {self.held / 2**30:.1f} GiB of page-locked memory to this "
+                f"rank and no more: {str(error).splitlines()[0]}\n    fix: more host memory (or a higher limit of the "
                 "container), trainer.async_save=false, or a higher ulysses_sequence_parallel_size",
             ) from error
         return [self._free.pop() for _ in range(count)]

@@ -2,8 +2,8 @@
 
 At 524,288 tokens of a 7B each of gate, up and product is 18.5 GiB, and a backward has seven such tensors. The MLP works
 on each token alone, so pieces give the same numbers, but for the weights' gradients, which are added up in fp32 over
-the pieces. Inside a recomputed block it costs nothing: its input is kept first, at which the recomputation stops, and the
-forward that gives the piece's gradients is the one that a recomputed block has anyway.
+the pieces. Inside a recomputed block it costs nothing: its input is kept first, at which the recomputation stops, and
+the forward that gives the piece's gradients is the one that a recomputed block has anyway.
 """
 
 from __future__ import annotations

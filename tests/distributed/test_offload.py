@@ -1,4 +1,4 @@
-"""``model.recompute=offload`` at every layout: the bits of full recomputation, and a clear end where the host is small."""
+"""``model.recompute=offload`` at every layout: the bits of full recomputation; a clear end where the host is small."""
 
 from __future__ import annotations
 
@@ -129,13 +129,12 @@ def _on_a_small_host(config: Any) -> str:
     real = host.available_memory
     host.available_memory = lambda *_: 60 * 2**20
     try:
-        run_job(config)
-    except JobError as error:
-        assert error.code is ExitCode.OUT_OF_MEMORY
-        return str(error)
+        with pytest.raises(JobError) as caught:
+            run_job(config)
     finally:
         host.available_memory = real
-    return ""
+    assert caught.value.code is ExitCode.OUT_OF_MEMORY
+    return str(caught.value)
 
 
 def test_a_host_that_is_too_small_is_said_before_the_first_step(deep, tmp_path, ranks) -> None:
@@ -156,4 +155,5 @@ def test_the_recipe_for_long_documents_trains(deep, tmp_path, ranks) -> None:
     assert not loaded.problems
     losses = [found.losses for found in ranks(2, run_job, loaded.config)]
     assert losses[0] == losses[1]
-    assert len(losses[0]) == 2 and all(loss > 0 for loss in losses[0])
+    assert len(losses[0]) == 2
+    assert all(loss > 0 for loss in losses[0])

@@ -97,7 +97,8 @@ def _measured(plan: str, *, compiled: bool = True, steps: int = 6) -> Measured:
     found = Measured(loss.item(), gradients, median(times[2:]), torch.cuda.max_memory_allocated(), store.pages.held)
     assert store.pages.in_use == 0
     sys.stdout.write(
-        f"{plan}, compiled {compiled}: {found.seconds:.3f} s, peak {found.peak / GIB:.2f} GiB, host {found.host / GIB:.2f}\n"
+        f"{plan}, compiled {compiled}: {found.seconds:.3f} s, peak {found.peak / GIB:.2f} GiB, "
+        f"host {found.host / GIB:.2f} GiB\n"
     )
     del module
     torch.cuda.empty_cache()

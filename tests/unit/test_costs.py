@@ -88,8 +88,8 @@ def drawn(mixture: tuple[int, int, int, int]) -> tuple[list[int], int]:
 
 @given(mixtures)
 def test_groups_that_work_at_once_cost_the_same_or_are_full(mixture: tuple[int, int, int, int]) -> None:
-    """The bound, at full scale: where the costliest pack of a round holds several rows, no other is cheaper by more than
-    the cheapest of these, unless it is full to within its length. A pack of one row cannot be made cheaper at all."""
+    """The bound, at full scale: where the costliest pack of a round holds several rows, no other is cheaper by more
+    than the cheapest of these, unless it is full to within its length. A pack of one row cannot be cheaper at all."""
     lengths, groups = drawn(mixture)
     for packs in rounds_of(lengths, groups, COSTS):
         costs = [COSTS.cost(np.array(pack)).sum() for pack in packs]
