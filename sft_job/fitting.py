@@ -224,6 +224,8 @@ def _offloaded_first(blocks: Blocks, attempt: Attempt) -> str | None:
     attempt.rehearse()
     lacking = memory.peak() + attempt.spared - int(memory.usable() * (1 - 2 * _MARGIN))
     if _most(lacking, attempt.device) <= 0:
+        if blocks.store is not None:
+            blocks.store.clear()
         memory.release()
         return None
     return plan_text(blocks.plan, memory.peak(), memory.usable())

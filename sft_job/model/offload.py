@@ -15,6 +15,7 @@ never waits.
 
 from __future__ import annotations
 
+import mmap
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,8 +30,7 @@ from sft_job.errors import JobError
 from sft_job.model.recompute import BlockForward
 
 PAGE_BYTES = 2**25
-"""Host memory is taken in pieces of this size: torch rounds page-locked memory up to a power of two, so a whole input
-of 3.5 GiB would take 4; and pieces serve inputs of any length, one after the other."""
+"""Host memory is taken in pieces of this size, which serve inputs of any length, one after the other."""
 
 
 def host_bytes(input_bytes: int, page: int = PAGE_BYTES) -> int:
@@ -97,16 +97,29 @@ class CudaLane:
         return _CudaMark(event, computing)
 
 
+class Locks(Protocol):
+    """What ``torch.cuda.cudart()`` offers; 0 = done."""
+
+    def cudaHostRegister(self, start: int, size: int, flags: int, /) -> Any:
+        """Lock memory."""
+        ...
+
+    def cudaHostUnregister(self, start: int, /) -> Any:
+        """Let the system move it again."""
+        ...
+
+
 class HostPages:
-    """Host memory that is taken once and used again and again; page-locked where there is a GPU.
+    """Host memory that is taken once and used again and again.
 
     Args:
-        pin: lock the pages.
+        locks: locks it, so that a GPU reads and writes it without the CPU; None = it stays as it is. Not torch's own
+            page-locked memory, which is rounded up to powers of two and is never given back to the system.
         size: bytes of a page.
     """
 
-    def __init__(self, *, pin: bool, size: int = PAGE_BYTES) -> None:
-        self._pin = pin
+    def __init__(self, locks: Locks | None, size: int = PAGE_BYTES) -> None:
+        self._locks = locks
         self.size = size
         """Bytes of a page."""
         self._free: list[Tensor] = []
@@ -128,27 +141,39 @@ class HostPages:
         Raises:
             JobError: the host has no memory left, or will not lock it (88).
         """
-        missing = count - len(self._free)
-        try:
-            for _ in range(missing):
-                page = torch.empty(self.size, dtype=torch.uint8, pin_memory=self._pin)
-                self._made += 1
-                self._free.append(page)
-        except RuntimeError as error:
-            raise JobError(
-                ExitCode.OUT_OF_MEMORY,
-                f"model.recompute=offload: the host gave {self.held / 2**30:.1f} GiB of page-locked memory to this "
-                f"rank and no more: {str(error).splitlines()[0]}\n    fix: more host memory (or a higher limit of the "
-                "container), trainer.async_save=false, or a higher ulysses_sequence_parallel_size",
-            ) from error
+        while len(self._free) < count:
+            self._free.append(self._make())
+            self._made += 1
         return [self._free.pop() for _ in range(count)]
+
+    def _make(self) -> Tensor:
+        try:
+            memory = mmap.mmap(-1, self.size)  # begins at a page of the system's and shares none
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                memory.madvise(mmap.MADV_HUGEPAGE)
+            page = torch.frombuffer(memory, dtype=torch.uint8)
+            error = 0 if self._locks is None else int(self._locks.cudaHostRegister(page.data_ptr(), self.size, 0))
+            why = f"CUDA error {error}" if error else ""
+        except (OSError, MemoryError, OverflowError) as failure:
+            why = str(failure) or "MemoryError"
+        if not why:
+            return page
+        raise JobError(
+            ExitCode.OUT_OF_MEMORY,
+            f"model.recompute=offload: the host gave {self.held / 2**30:.1f} GiB of page-locked memory to this rank "
+            f"and no more: {why}\n    fix: more host memory (or a higher limit of the container, of locked memory too), "
+            "trainer.async_save=false, or a higher ulysses_sequence_parallel_size",
+        )
 
     def give_back(self, pages: list[Tensor]) -> None:
         """Pages that hold nothing any more."""
         self._free.extend(pages)
 
     def clear(self) -> None:
-        """Let go of what is not in use."""
+        """Give back to the system what is not in use; no copy may be under way."""
+        for page in self._free:
+            if self._locks is not None:
+                self._locks.cudaHostUnregister(page.data_ptr())
         self._made -= len(self._free)
         self._free.clear()
 
@@ -189,7 +214,7 @@ class InputStore:
     ) -> None:
         cuda = device.type == "cuda"
         self._device = device
-        self.pages = pages if pages is not None else HostPages(pin=cuda)
+        self.pages = pages if pages is not None else HostPages(torch.cuda.cudart() if cuda else None)
         """Host memory, empty until the first block's forward."""
         self._out = out if out is not None else CudaLane(device) if cuda else AtOnce()
         self._back = back if back is not None else CudaLane(device) if cuda else AtOnce()
@@ -284,6 +309,8 @@ class InputStore:
         self.pages.give_back(slot.pages)
 
     def clear(self) -> None:
-        """Let go of all that no graph holds: after a step that broke off, and at the end."""
+        """Let go of all that no graph holds: where another plan was chosen, and at the end. Waits for the device."""
         self._settle()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         self.pages.clear()

@@ -57,7 +57,7 @@ class Late:
 
 
 def late_store(page: int = 512) -> InputStore:
-    return InputStore(CPU, HostPages(pin=False, size=page), Late(), Late())
+    return InputStore(CPU, HostPages(None, page), Late(), Late())
 
 
 def model(
@@ -248,6 +248,7 @@ def test_a_step_that_breaks_off_leaks_nothing(where) -> None:
     module.zero_grad()
     gc.collect()
     assert store.pages.in_use == 0
+    assert not store._back.waiting, "no copy still writes memory that is free now"  # type: ignore[attr-defined]
     assert_bits(gradients(module, *BATCHES), gradients(model([FULL] * LAYERS), *BATCHES))
     store.clear()
     assert store.pages.held == 0
@@ -278,10 +279,44 @@ def test_plans_change_on_the_way() -> None:
     assert store.pages.held == before
 
 
-def test_the_host_gives_no_more() -> None:
-    pages = HostPages(pin=False, size=2**62)
-    with pytest.raises(JobError, match=r"recompute=offload.*no more") as caught:
-        pages.take(1)
+@dataclass
+class Cudart:
+    """Locks so many pages."""
+
+    room: int = 100
+    locked: set[int] = field(default_factory=set)
+
+    def cudaHostRegister(self, start: int, size: int, flags: int, /) -> int:
+        if len(self.locked) == self.room:
+            return 2
+        self.locked.add(start)
+        return 0
+
+    def cudaHostUnregister(self, start: int, /) -> int:
+        self.locked.remove(start)
+        return 0
+
+
+def test_pages_are_locked_once_and_given_back() -> None:
+    cuda = Cudart()
+    store = InputStore(CPU, HostPages(cuda, 4096), Late(), Late())
+    module = model(offload_plan(LAYERS, 4), store)
+    first = gradients(module, pack(30))
+    locked = set(cuda.locked)
+    assert len(locked) * 4096 == store.pages.held == 4 * host_bytes(30 * 32 * 8, 4096)
+    assert all(start % 4096 == 0 for start in locked)
+    assert_bits(gradients(module, pack(30)), first)
+    assert cuda.locked == locked
+    store.clear()
+    assert not cuda.locked
+
+
+@pytest.mark.parametrize(("pages", "why"), [
+    (HostPages(Cudart(room=1), 4096), "CUDA error 2"), (HostPages(None, 2**62), "allocate"),
+])  # fmt: skip
+def test_the_host_gives_no_more(pages, why) -> None:
+    with pytest.raises(JobError, match=rf"recompute=offload.*no more: .*{why}") as caught:
+        pages.take(2)
     assert caught.value.code is ExitCode.OUT_OF_MEMORY
 
 
