@@ -161,7 +161,7 @@ class HostPages:
         raise JobError(
             ExitCode.OUT_OF_MEMORY,
             f"model.recompute=offload: the host gave {self.held / 2**30:.1f} GiB of page-locked memory to this rank "
-            f"and no more: {why}\n    fix: more host memory (or a higher limit of the container, of locked memory too), "
+            f"and no more: {why}\n    fix: more host memory (or a higher limit of the container or of locked memory), "
             "trainer.async_save=false, or a higher ulysses_sequence_parallel_size",
         )
 
