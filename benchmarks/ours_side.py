@@ -138,7 +138,11 @@ def main() -> int:
     except EnoughStepsError:
         pass
     finally:
-        outcome.add(memory=clock.memory(), step_seconds=clock.seconds(), seconds_to_first_step=clock.began - began)
+        store = job.module.blocks.store
+        pages = {"host_inputs_gib": store.pages.held / 2**30} if store is not None and store.pages.held else {}
+        outcome.add(
+            memory={**clock.memory(), **pages}, step_seconds=clock.seconds(), seconds_to_first_step=clock.began - began
+        )
         job.close()
     shape = FlopsShape.from_config(job.module.lm.config)
     lengths = spec.tokens.lengths(spec.all_steps)

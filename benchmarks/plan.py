@@ -86,12 +86,12 @@ def runs_of(sitting: Sequence[Row], steps: int, warmup: int, *, partners: bool, 
     first = sitting[0]
     steps, warmup = min(steps, first.steps or steps), min(warmup, first.warmup or warmup)
     runs = [Run(row.name, "A", row.subject, steps, warmup) for row in sitting]
-    if partners:
+    if partners and first.partners:
         runs += [Run(first.name, "B", side, steps, warmup) for side in first.partners]
         runs += [Run(row.name, "A'", row.subject, steps, warmup) for row in reversed(sitting)]
     if reference:
         # Every row's reference is the same path, unless a row is compared with other settings.
-        for row in sitting:
+        for row in (each for each in sitting if each.reference_steps):
             side = row.reference()
             if all(run.side != side for run in runs):
                 runs.append(Run(row.name, "R", side, min(row.reference_steps, steps + warmup), 0))

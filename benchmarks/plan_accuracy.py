@@ -29,7 +29,7 @@ from benchmarks.throughput import Bench, machine, run_sitting
 from benchmarks.tokens import Tokens
 from sft_job.config.schema import JobConfig
 from sft_job.errors import Problem
-from sft_job.plan.activations import ATTENTION, FULL, NONE
+from sft_job.plan.activations import ATTENTION, FULL, NONE, OFFLOAD
 from sft_job.plan.cards import Card, find_card
 from sft_job.plan.estimate import FITS, TOO_LARGE, Estimate, Rows, estimate, largest_micro
 from sft_job.plan.footprint import footprint
@@ -40,7 +40,7 @@ from sft_job.plan.shape import read_shape
 SHAPE = "qwen2.5-7b"
 MEMORY_GOAL, TIME_GOAL = 0.08, 0.15
 _LORA = {"model.lora_rank": 16, "model.lora_alpha": 32, "model.target_modules": "all-linear"}
-_LEVELS = {"nothing": NONE, "all but attention": ATTENTION, "all": FULL}
+_LEVELS = {"nothing": NONE, "all but attention": ATTENTION, "all": FULL, "all, with inputs in host memory": OFFLOAD}
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def chosen_levels(said: Sequence[str]) -> list[str] | None:
         if found:
             counts = [part.partition(" ") for part in found[1].split(", ")]
             by_level = {_LEVELS[text]: int(count) for count, _, text in counts}
-            return [level for level in (FULL, ATTENTION, NONE) for _ in range(by_level.get(level, 0))]
+            return [level for level in (OFFLOAD, FULL, ATTENTION, NONE) for _ in range(by_level.get(level, 0))]
     return None
 
 

@@ -180,12 +180,20 @@ def _line(run: Mapping[str, Any], ceiling: float | None) -> str:
         _shown(_median(run, "tokens_per_second_per_gpu"), ",.0f"),
         _shown(tflops, ".1f"),
         _shown(tflops / ceiling if tflops and ceiling else None, ".3f"),
-        f"{memory['allocated_gib']:.1f} ({memory['reserved_gib']:.1f})" if "allocated_gib" in memory else "-",
+        _memory(memory),
         f"{_shown(found.get('seconds_to_build'), '.1f')}, {_shown(found.get('seconds_to_first_step'), '.1f')}",
         _shown(found.get("first_step_seconds"), ".1f"),
         run["state"],
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _memory(memory: Mapping[str, float]) -> str:
+    if "allocated_gib" not in memory:
+        return "-"
+    text = f"{memory['allocated_gib']:.1f} ({memory['reserved_gib']:.1f})"
+    inputs = memory.get("host_inputs_gib")
+    return text if inputs is None else f"{text}; host {memory.get('host_gib', 0.0):.1f}, {inputs:.1f} of it inputs"
 
 
 def _verdict_line(found: Mapping[str, Any]) -> str:

@@ -53,7 +53,7 @@ class Row:
         gate: largest relative difference of a loss from the reference's; over the first 5 steps, over the first 20.
         steps: most steps that are measured, where a step is so long that a call has no time for more.
         warmup: the same for steps before them.
-        reference_steps: steps of the reference.
+        reference_steps: steps of the reference; 0 = none.
     """
 
     name: str
@@ -96,6 +96,10 @@ _FULL_8K_PARTNERS = (
 )
 _LORA = {"model.lora_rank": 16, "model.lora_alpha": 32, "model.target_modules": "all-linear"}
 _TRL_LORA = {"lora_rank": 16, "lora_alpha": 32, "bf16": True}
+
+_128K = Tokens(1, 131_072)
+_LONG = {"data.micro_batch_size_per_gpu": 1, "trainer.rehearsal": False}
+"""A step takes minutes: none is spent on a rehearsal, and what is recomputed is said."""
 
 ROWS: tuple[Row, ...] = (
     Row(
@@ -186,6 +190,76 @@ ROWS: tuple[Row, ...] = (
             ),
         ),
         "1.4x TRL's ring",
+    ),
+    Row(
+        "qwen4b_full_1x131072",
+        "qwen3-4b",
+        Side("ours", "ours", _128K, settings={**_LONG, "model.recompute": "attention"}),
+        (_trl("recomputation", _128K, {**CHECKPOINTED, "per_device_train_batch_size": 1}),),
+        "0.68 of the ceiling",
+        steps=2,
+        warmup=1,
+        reference_steps=1,
+    ),
+    Row(
+        "qwen7b_ulysses2_131072",
+        "qwen2.5-7b",
+        Side("ours, Ulysses 2", "ours", _128K, 2, {"ulysses_sequence_parallel_size": 2}),
+        (
+            _trl(
+                "ring of 2, FSDP2, recomputation",
+                _128K,
+                {**CHECKPOINTED, "per_device_train_batch_size": 1},
+                ranks=2,
+                ring=2,
+            ),
+        ),
+        "0.70 of the ceiling; 1.37x TRL's ring",
+        steps=3,
+        warmup=1,
+        reference_steps=2,
+    ),
+    Row(
+        "qwen7b_524288",
+        "qwen2.5-7b-long",
+        Side("ours, offload", "ours", Tokens(1, 524_288), settings={**_LONG, "model.recompute": "offload"}),
+        (),
+        "completes; the loss of qwen7b_ulysses2_524288",
+        steps=1,
+        warmup=0,
+        reference_steps=0,
+    ),
+    Row(
+        "qwen7b_ulysses2_524288",
+        "qwen2.5-7b-long",
+        Side(
+            "ours, Ulysses 2, offload",
+            "ours",
+            Tokens(1, 524_288),
+            2,
+            {**_LONG, "model.recompute": "offload", "ulysses_sequence_parallel_size": 2},
+        ),
+        (),
+        "completes; the loss of qwen7b_524288",
+        steps=1,
+        warmup=0,
+        reference_steps=0,
+    ),
+    Row(
+        "qwen7b_7_layers_1048576",
+        "qwen2.5-7b-long-7-layers",
+        Side(
+            "ours, Ulysses 2, offload",
+            "ours",
+            Tokens(1, 1_048_576),
+            2,
+            {**_LONG, "model.recompute": "offload", "ulysses_sequence_parallel_size": 2},
+        ),
+        (),
+        "completes",
+        steps=1,
+        warmup=0,
+        reference_steps=0,
     ),
 )
 

@@ -20,16 +20,18 @@ _QWEN2 = {
     "eos_token_id": 0,
     "torch_dtype": "bfloat16",
 }
+_QWEN2_7B = {
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+}
 SHAPES: dict[str, dict[str, Any]] = {
-    "qwen2.5-7b": {
-        **_QWEN2,
-        "vocab_size": 152064,
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-    },
+    "qwen2.5-7b": {**_QWEN2, **_QWEN2_7B},
+    "qwen2.5-7b-long": {**_QWEN2, **_QWEN2_7B, "max_position_embeddings": 1048576},
+    "qwen2.5-7b-long-7-layers": {**_QWEN2, **_QWEN2_7B, "max_position_embeddings": 1048576, "num_hidden_layers": 7},
     "qwen3-4b": {
         **_QWEN2,
         "architectures": ["Qwen3ForCausalLM"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import time
 from collections.abc import Sequence
 from itertools import pairwise
@@ -67,11 +68,12 @@ class StepClock:
         return [first.elapsed_time(second) / 1e3 for first, second in pairwise(self._events)]
 
     def memory(self) -> dict[str, float]:
-        """Peaks in GiB: of the whole run, and of the steps after the warm-up."""
+        """Peaks in GiB: of the whole run, and of the steps after the warm-up; of the host's, page-locked memory too."""
         if not self._cuda:
             return {}
         later = self._peak()
         whole = {name: max(value, self._first_peak.get(name, 0.0)) for name, value in later.items()}
+        whole["host_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         return {**whole, **{f"{name}_after_warmup": value for name, value in later.items()}}
 
     def _peak(self) -> dict[str, float]:

@@ -15,12 +15,14 @@ import torch
 import torch.distributed as dist
 
 from sft_job.metrics.meters import GIB
-from sft_job.model.blocks import Blocks
+from sft_job.model.blocks import Blocks, offload_plan
 from sft_job.model.recompute import Recompute
 
 _MARGIN = 0.05
 """Share of the memory that is left free: pieces that do not fit, kernels' workspaces, other lengths."""
 _TRIES = 4
+_TIGHT = 0.2
+"""Share of the memory from which what ``offload`` spares makes it the first plan to try."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,8 @@ class Attempt:
         recover: puts the model back after a rehearsal that ran out of memory; False where that cannot be done.
         memory: of the device.
         device: on which the ranks exchange numbers.
+        host_blocks: how many blocks' inputs the host has room for; asked when it comes to that (a collective call).
+        spared: bytes of device memory that full recomputation needs above ``offload``, by counting.
         keeps_all: by the plan (``sft_job.plan``) everything can surely be kept.
     """
 
@@ -139,6 +143,8 @@ class Attempt:
     recover: Callable[[], bool]
     memory: DeviceMemory
     device: torch.device
+    host_blocks: Callable[[], int] = lambda: 0
+    spared: int = 0
     keeps_all: bool = False
 
 
@@ -163,6 +169,8 @@ def fit_recompute(blocks: Blocks, attempt: Attempt) -> str:
         return ""
     if (found := _everything_kept(blocks, attempt)) is not None:
         return found
+    if (text := _offloaded_first(blocks, attempt)) is not None:
+        return text
     blocks.set_plan(probe_plan(count))
     if not _went_through(attempt):  # compiles; what that takes is no measure of a step
         blocks.set_plan(everything)
@@ -202,11 +210,53 @@ def _everything_kept(blocks: Blocks, attempt: Attempt) -> str | None:
 
 
 def _everything(blocks: Blocks, attempt: Attempt) -> str:
-    """What is left when nothing can be kept: it fits, or the run ends here and not in a step."""
+    """What is left when nothing can be kept: it fits, perhaps with inputs in host memory, or the run ends here."""
     attempt.memory.release()
     attempt.memory.reset_peak()
-    attempt.rehearse()
+    moved = attempt.host_blocks()
+    if not moved:
+        attempt.rehearse()
+    elif not _went_through(attempt):
+        blocks.set_plan(offload_plan(len(blocks.plan), moved))
+        attempt.memory.release()
+        attempt.memory.reset_peak()
+        attempt.rehearse()
     return plan_text(blocks.plan, attempt.memory.peak(), attempt.memory.usable())
+
+
+def _offloaded_first(blocks: Blocks, attempt: Attempt) -> str | None:
+    """Where inputs are a good part of the memory, the plan that needs least is the first one that is tried.
+
+    Because several ranks cannot go on after one of them ran out of memory.
+
+    Returns:
+        A line for the log where inputs stay in host memory; None where the memory allows more, on every rank.
+    """
+    memory, count = attempt.memory, len(blocks.plan)
+    if _most(attempt.spared - int(_TIGHT * memory.usable()), attempt.device) < 0:
+        return None
+    moved = attempt.host_blocks()
+    if not moved:
+        return None
+    blocks.set_plan(offload_plan(count, moved))
+    attempt.rehearse()  # compiles
+    memory.release()
+    memory.reset_peak()
+    attempt.rehearse()
+    lacking = memory.peak() + attempt.spared - int(memory.usable() * (1 - 2 * _MARGIN))
+    if _most(lacking, attempt.device) <= 0:
+        if blocks.store is not None:
+            blocks.store.clear()
+        memory.release()
+        return None
+    return plan_text(blocks.plan, memory.peak(), memory.usable())
+
+
+def _most(value: int, device: torch.device) -> int:
+    """The largest value that a rank has."""
+    worst = torch.tensor(value, device=device)
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    return int(worst.item())
 
 
 def _went_through(attempt: Attempt) -> bool:
@@ -227,9 +277,7 @@ def _fits(attempt: Attempt) -> bool:
     before = memory.retries()
     if not _went_through(attempt):
         return False
-    worst = torch.tensor(memory.retries() - before, device=attempt.device)
-    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-    return worst.item() == 0
+    return _most(memory.retries() - before, attempt.device) == 0
 
 
 def _agreed(plan: list[Recompute], device: torch.device) -> list[Recompute]:
@@ -247,4 +295,9 @@ def plan_text(plan: tuple[Recompute, ...], peak: int, limit: int) -> str:
     return f"recomputation of {len(plan)} blocks: {', '.join(kinds)}; peak {peak / GIB:.1f} of {limit / GIB:.1f} GiB"
 
 
-_TEXTS = {Recompute.NONE: "nothing", Recompute.ATTENTION: "all but attention", Recompute.FULL: "all"}
+_TEXTS = {
+    Recompute.NONE: "nothing",
+    Recompute.ATTENTION: "all but attention",
+    Recompute.FULL: "all",
+    Recompute.OFFLOAD: "all, with inputs in host memory",
+}

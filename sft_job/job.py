@@ -16,7 +16,7 @@ import torch
 from sft_job import __version__
 from sft_job.announce import tell_start
 from sft_job.checkpoint.checkpointer import ADAPTER, HUGGINGFACE, Checkpointer, SavePolicy
-from sft_job.checkpoint.distributed import on_first_rank
+from sft_job.checkpoint.distributed import on_every_rank, on_first_rank
 from sft_job.checkpoint.files import Files
 from sft_job.checkpoint.folder import published
 from sft_job.checkpoint.remote import RemoteStore
@@ -33,10 +33,10 @@ from sft_job.checkpoint.state import RunState, SourceState, flat_config, total_s
 from sft_job.config.load import run_folder
 from sft_job.config.schema import JobConfig
 from sft_job.contract import Env, ExitCode, RunFolder
+from sft_job.costs import packing_of
 from sft_job.data.batches import BatchLoader, PackedBatch
 from sft_job.data.mixture import Mixture, Rows, named_caches, training_order
 from sft_job.data.order import FileOrder, StepRows
-from sft_job.data.packing import pack_settings
 from sft_job.data.places import open_places
 from sft_job.data.prepare import prepare
 from sft_job.deadline import REASON as DEADLINE
@@ -45,6 +45,7 @@ from sft_job.evaluate import EvaluationRows, ValidationLoss, validation_loss
 from sft_job.export import export_live
 from sft_job.fitting import Attempt, CudaMemory, fit_recompute
 from sft_job.forensics import BadSteps, decoder
+from sft_job.host import HostNeed, host_need, host_room, offload_text
 from sft_job.lock import confirm_lock
 from sft_job.memory import is_out_of_memory, memory_by_kind, out_of_memory_text, remedies, shapes_text
 from sft_job.metrics.flops import FlopsShape, model_flops, peak_flops
@@ -61,7 +62,7 @@ from sft_job.parallel.mesh import Mesh, build_mesh
 from sft_job.plan.guess import keeps_everything, planned_remedy
 from sft_job.plan.setup import Ranks
 from sft_job.pulse import FINISHING, LOADING, TRAINING
-from sft_job.rehearsal import longest_batches, rehearse, step_accumulates
+from sft_job.rehearsal import longest_batches, longest_tokens, rehearse, step_accumulates
 from sft_job.runtime import Runtime, StopWish, agree, peak_memory
 from sft_job.trainer import Ending, Schedule, Trainer
 
@@ -85,6 +86,7 @@ class Job:
         store: a second place for checkpoints, on rank 0 where one is set.
         checkpointer: saves.
         longest: micro-batches of the rehearsal, the largest that the run will meet; empty = none.
+        host: host memory that blocks' inputs can take.
     """
 
     config: JobConfig
@@ -97,6 +99,7 @@ class Job:
     store: RemoteStore | None
     checkpointer: Checkpointer
     longest: list[PackedBatch]
+    host: HostNeed
 
     def run(self) -> Ending:
         """Train to the end or to a stop (a collective call).
@@ -129,7 +132,9 @@ class Job:
             sure = keeps_everything(
                 *self._for_plan(self.longest[0]), memory.usable(), accumulates=len(self.longest) > 1
             )
-            plan = fit_recompute(self.module.blocks, Attempt(once, self._recover, memory, device, sure))
+            spared = self.module.blocks.spared(self.host.tokens, self.host.input_bytes, self.host.element_bytes)
+            attempt = Attempt(once, self._recover, memory, device, self._host_blocks, spared, sure)
+            plan = fit_recompute(self.module.blocks, attempt)
             if self.loggers is not None and plan:
                 self.loggers.message(plan)
         else:
@@ -139,6 +144,15 @@ class Job:
             ulysses = self.config.ulysses_sequence_parallel_size
             used = f", peak memory {peak / GIB:.1f} GiB" if peak is not None else ""
             self.loggers.message(f"rehearsal: {shapes_text(self.longest[0], ulysses)}{used}")
+            if text := offload_text(self.module.blocks.plan, self.host):
+                self.loggers.message(text)
+
+    def _host_blocks(self) -> int:
+        """How many blocks' inputs every node has room for, besides the copy of the state that is being made."""
+        while not self.checkpointer.ready:
+            time.sleep(0.1)
+        blocks = self.host.blocks_within(host_room()) if self.module.blocks.can_offload else 0
+        return min(on_every_rank(lambda: blocks))
 
     def _for_plan(self, batch: PackedBatch) -> tuple[JobConfig, dict[str, Any], Ranks, tuple[int, ...]]:
         return self.config, self.module.lm.config.to_dict(), Ranks(self.runtime.world), batch.document_lengths
@@ -184,6 +198,8 @@ class Job:
             if self.store is not None:
                 closing.callback(self.store.close, _STOP_UPLOAD_SECONDS)
             closing.callback(self.checkpointer.close)
+            if self.module.blocks.store is not None:
+                closing.callback(self.module.blocks.store.clear)
 
     def __enter__(self) -> Job:
         return self
@@ -289,7 +305,10 @@ def build_job(config: JobConfig, runtime: Runtime, stop: StopWish, start: Start,
         files=files,
         token=os.environ.get(Env.LOCK),
     )
-    checkpointer.prepare()
+    host = host_need(config, module.lm.config, precision.compute, longest_tokens(config, rows))
+    if asked := config.model.recompute == "offload":
+        on_every_rank(host.check, host_room())
+    checkpointer.prepare(host_taken=host.node_bytes if asked else 0)
     if start.checkpoint is not None:
         checkpointer.load(start.checkpoint)
 
@@ -319,7 +338,7 @@ def build_job(config: JobConfig, runtime: Runtime, stop: StopWish, start: Start,
     )
     loader = _loader(config, rows, order, mesh)
     longest = longest_batches(config, rows, loader, accumulates=accumulates)
-    return Job(config, runtime, module, optimizer, trainer, loader, loggers, store, checkpointer, longest)
+    return Job(config, runtime, module, optimizer, trainer, loader, loggers, store, checkpointer, longest, host)
 
 
 def _chooses_recompute(config: JobConfig, device: torch.device) -> bool:
@@ -402,7 +421,7 @@ def _loader(config: JobConfig, rows: Rows, order: StepRows, mesh: Mesh) -> Batch
     return BatchLoader(
         rows,
         order,
-        pack_settings(config),
+        packing_of(config),
         dp_rank=place.dp_rank,
         dp_size=place.dp_size,
         ulysses_rank=place.ulysses_rank,

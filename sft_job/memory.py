@@ -67,8 +67,10 @@ def remedies(config: JobConfig, longest: int, world: int, planned: str = "") -> 
     """
     data, model, ulysses = config.data, config.model, config.ulysses_sequence_parallel_size
     lines = [planned] if planned else []
-    if model.recompute != "full":
+    if model.recompute not in ("full", "offload"):
         lines.append("model.recompute=full recomputes every block instead of keeping activations")
+    if model.recompute != "offload":
+        lines.append("model.recompute=offload keeps the blocks' inputs in host memory too, and works on MLPs in pieces")
     if data.use_dynamic_bsz and data.max_token_len_per_gpu * ulysses > longest:
         lines.append(
             f"data.max_token_len_per_gpu below {data.max_token_len_per_gpu:,} makes micro-batches smaller (down to one "

@@ -28,6 +28,12 @@ def longest_batches(config: JobConfig, rows: Rows, loader: BatchLoader, *, accum
     return [batch] * (1 + accumulates)
 
 
+def longest_tokens(config: JobConfig, rows: Rows) -> int:
+    """Tokens of about the largest micro-batch of the run, over all ranks of a Ulysses group."""
+    lengths = rows.lengths[np.arange(rows.num_rows)]
+    return int(lengths[heaviest_rows(lengths, pack_settings(config), config.data.train_batch_size)].sum(dtype=np.int64))
+
+
 def step_accumulates(config: JobConfig, rows: Rows, dp_size: int) -> bool:
     """Whether a step of the run can have more than one micro-batch."""
     lengths = rows.lengths[np.arange(rows.num_rows)]

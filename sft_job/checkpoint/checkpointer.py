@@ -181,11 +181,15 @@ class Checkpointer:
         self.timing: SaveTiming | None = None
         """Of the last save that has ended."""
 
-    def prepare(self) -> None:
-        """Make the folder, clear what an interrupted save left, and begin to make room in memory."""
+    def prepare(self, host_taken: int = 0) -> None:
+        """Make the folder, clear what an interrupted save left, and begin to make room in memory.
+
+        Args:
+            host_taken: bytes of this node's host memory that training has yet to take for other things.
+        """
         self._as_file_work(_make_checkpoint_folder, self._run, self._confirm, self._files)
         trained = [p for p in self._module.parameters() if p.requires_grad]
-        if self._asynchronous and not self._fits_memory(trained):
+        if self._asynchronous and not self._fits_memory(trained, host_taken):
             self._asynchronous = False
         if self._asynchronous:
             self._staging.guard(self._optimizer)
@@ -413,7 +417,7 @@ class Checkpointer:
             f"GiB on this rank in {seconds:.0f} s, {done / 1e6 / seconds:.0f} MB/s"
         )
 
-    def _fits_memory(self, trained: list[torch.nn.Parameter]) -> bool:
+    def _fits_memory(self, trained: list[torch.nn.Parameter], taken: int) -> bool:
         """Whether every node has room for a copy of the state; otherwise saves are synchronous.
 
         Where parameters live in host memory (CPU offload, or no GPU), training has yet to take its own part of it:
@@ -424,6 +428,7 @@ class Checkpointer:
         to_come += 2 * local_bytes([p for p in on_host if p not in self._optimizer.state])
         need = (3 * local_bytes(trained) + to_come) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         room = available_memory(Path("/proc/meminfo"), Path("/sys/fs/cgroup"))
+        room = None if room is None else max(0, room - taken)
         short = "" if room is None or need <= _MEMORY_SHARE * room else f"{need / 2**30:.1f} of {room / 2**30:.1f} GiB"
         shorts = [each for each in on_every_rank(lambda: short, group=self._group) if each]
         if shorts:

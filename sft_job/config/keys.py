@@ -82,7 +82,7 @@ _DOES: Mapping[str, str] = {
     "whole in up to a third of its memory",
     "model.enable_gradient_checkpointing": "recomputes decoder blocks in the backward to save memory",
     "model.recompute": "what is computed again in the backward: auto = as little as the GPU's memory allows; none; "
-    "attention = all but attention; full = whole blocks",
+    "attention = all but attention; full = whole blocks; offload = whole blocks, whose inputs wait in host memory",
     "model.compile": "runs decoder blocks and loss through torch.compile; auto = on a GPU",
     "model.fp8": "matrix products of the decoder blocks in fp8, on H100 and later: none; tensorwise; rowwise",
     "model.attention": "attention backend: auto = the fastest that offers what the model needs; flash4, cudnn, "

@@ -144,7 +144,8 @@ class ModelConfig:
     """Recompute each decoder block in the backward instead of keeping its activations."""
     recompute: str = "auto"
     """What is computed again in the backward: auto (on a GPU as little as its memory allows, where
-    enable_gradient_checkpointing is on; on the CPU whole blocks), none, attention (all but attention), full."""
+    enable_gradient_checkpointing is on; on the CPU whole blocks), none, attention (all but attention), full, offload
+    (full, and the blocks' inputs wait in host memory; MLPs work on a long sequence in pieces)."""
     compile: Any = "auto"
     """Run decoder blocks and loss through torch.compile: true, false, or auto (on a GPU)."""
     fp8: str = "none"

@@ -152,7 +152,7 @@ _RULES: Mapping[str, _Rule] = {
     "data.custom_cls.name": _NOT_EMPTY,
     "model.external_lib": _NOT_EMPTY,
     "trainer.default_hdfs_dir": _NOT_EMPTY,
-    "model.recompute": _one_of("auto", "none", "attention", "full"),
+    "model.recompute": _one_of("auto", "none", "attention", "full", "offload"),
     "model.fp8": _one_of("none", "tensorwise", "rowwise"),
     "model.compile": _AUTO_OR_BOOL,
     "model.fsdp_config.shard_frozen": _AUTO_OR_BOOL,

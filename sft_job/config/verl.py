@@ -183,7 +183,7 @@ FOREIGN: Mapping[str, Foreign] = MappingProxyType(
             "the model folder's config.json holds as it is", "empty", _off, "change config.json in the model folder"
         ),
         "model.enable_activation_offload": Foreign(
-            "activations are recomputed (enable_gradient_checkpointing), not moved to host memory; results are the same"
+            "activations are recomputed; model.recompute=offload moves blocks' inputs to the host; results are the same"
         ),
         "model.truncate_padding": Foreign(_NO_PADDING),
         "model.use_fused_kernels": Foreign("the loss is always computed in chunks, which saves the same memory"),

@@ -16,7 +16,9 @@ from torch import nn
 
 from sft_job.config.schema import ModelConfig
 from sft_job.model.attention.call import Backend
+from sft_job.model.offload import InputStore
 from sft_job.model.recompute import BlockForward, Recompute, draws_random_numbers, recomputing
+from sft_job.model.tiled import TILE_ELEMENTS, dense_mlp, tile_tokens, tiled, widest
 
 INDUCTOR = "inductor"
 
@@ -29,12 +31,27 @@ class Blocks:
         backend: of their attention.
         compiled: run them through torch.compile.
         compiler: torch.compile's backend.
+        store: where inputs wait in a plan with ``offload``; None = there is no such plan.
+        tile_elements: of the widest tensor in a piece of an MLP, in such a plan.
     """
 
     def __init__(
-        self, blocks: Iterable[nn.Module], backend: Backend, *, compiled: bool, compiler: str = INDUCTOR
+        self,
+        blocks: Iterable[nn.Module],
+        backend: Backend,
+        *,
+        compiled: bool,
+        compiler: str = INDUCTOR,
+        store: InputStore | None = None,
+        tile_elements: int = TILE_ELEMENTS,
     ) -> None:
         self._blocks = list(blocks)
+        self.store = store
+        """Where inputs wait in a plan with ``offload``."""
+        self._mlps = [dense_mlp(block) for block in self._blocks]
+        self._tiles = [0 if mlp is None else tile_tokens(mlp, tile_elements) for mlp in self._mlps]
+        self._widths = [0 if mlp is None else widest(mlp) for mlp in self._mlps]
+        self._tiled: dict[tuple[Any, int], Any] = {}
         self._plain: list[BlockForward] = [type(block).forward for block in self._blocks]
         self._ops = backend.saved
         self._rng = any(draws_random_numbers(block) for block in self._blocks)
@@ -42,18 +59,51 @@ class Blocks:
         self._compiler = compiler
         # Compilation sees through recomputation only where it sees all of the block.
         self._recompute_inside = compiled and backend.traced
-        self._forwards: dict[tuple[BlockForward, Recompute], BlockForward] = {}
+        self._forwards: dict[tuple[BlockForward, Recompute, bool], BlockForward] = {}
         self.plan: tuple[Recompute, ...] = ()
         """What each block computes again."""
 
     def set_plan(self, plan: Sequence[Recompute]) -> None:
         """Say what each block computes again, from the next forward on."""
         self.plan = tuple(plan)
+        moved = Recompute.OFFLOAD in self.plan
         for block, plain, recompute in zip(self._blocks, self._plain, plan, strict=True):
-            key = (plain, recompute)
+            key = (plain, recompute, moved)
             if key not in self._forwards:
-                self._forwards[key] = self._make(plain, recompute)
+                self._forwards[key] = self._make_stored(plain, recompute) if moved else self._make(plain, recompute)
             block.forward = partial(self._forwards[key], block)
+        self._tile(on=moved)
+
+    @property
+    def can_offload(self) -> bool:
+        """Whether a plan may send inputs to host memory: there is a store, and a block whose input can be away."""
+        return self.store is not None and len(self._blocks) > 1
+
+    def spared(self, tokens: int, input_bytes: int, element_bytes: int) -> int:
+        """Device memory that full recomputation needs above a plan with ``offload``, by counting.
+
+        Args:
+            tokens: of this rank.
+            input_bytes: of a block's input.
+            element_bytes: of a number.
+        """
+        inputs = (len(self._blocks) - 1) * input_bytes
+        # A piece against the whole: gate, up, their product, the activation, and gradients of three of them.
+        wide = [max(0, tokens - tile) * wide for tile, wide in zip(self._tiles, self._widths, strict=True)]
+        return inputs + 7 * max(wide) * element_bytes
+
+    def _tile(self, *, on: bool) -> None:
+        """Let MLPs work in pieces, or as they are: on the module, so that its parameters keep their names."""
+        for mlp, tokens in zip(self._mlps, self._tiles, strict=True):
+            if mlp is None:
+                continue
+            vars(mlp).pop("forward", None)
+            if on:
+                key = (type(mlp).forward, tokens)
+                if key not in self._tiled:
+                    plain = maybe_compiled(key[0], self._compiled, self._compiler)
+                    self._tiled[key] = tiled(key[0], plain, tokens)
+                vars(mlp)["forward"] = partial(self._tiled[key], mlp)
 
     @contextmanager
     def watched(self, allocated: Callable[[], int]) -> Generator[list[int]]:
@@ -87,6 +137,14 @@ class Blocks:
             return maybe_compiled(recomputing(plain, recompute, self._ops, self._rng), compiler=self._compiler)
         return recomputing(maybe_compiled(plain, compiler=self._compiler), recompute, self._ops, self._rng)
 
+    def _make_stored(self, plain: BlockForward, recompute: Recompute) -> BlockForward:
+        """In a plan with ``offload``: recomputation outside of what is compiled, because inputs are moved between."""
+        assert self.store is not None
+        compiled = maybe_compiled(plain, self._compiled, self._compiler)
+        kind = Recompute.FULL if recompute is Recompute.OFFLOAD else recompute
+        forward = recomputing(compiled, kind, self._ops, self._rng)
+        return self.store.around(forward, moves=recompute is Recompute.OFFLOAD)
+
 
 def maybe_compiled(function: Any, compiled: bool = True, compiler: str = INDUCTOR) -> Any:
     """A function's compiled form.
@@ -103,6 +161,13 @@ def compiles(config: ModelConfig, device: torch.device) -> bool:
 
 def first_plan(config: ModelConfig, blocks: int) -> list[Recompute]:
     """What each block computes again before memory has been looked at: the most that the config allows."""
+    if config.recompute == Recompute.OFFLOAD:
+        return offload_plan(blocks, blocks - 1)
     if config.recompute != "auto":
         return [Recompute(config.recompute)] * blocks
     return [Recompute.FULL if config.enable_gradient_checkpointing else Recompute.NONE] * blocks
+
+
+def offload_plan(blocks: int, moved: int) -> list[Recompute]:
+    """Inputs of the first blocks in host memory; that of the last one is needed as soon as it could be away."""
+    return [Recompute.OFFLOAD] * moved + [Recompute.FULL] * (blocks - moved)

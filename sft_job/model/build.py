@@ -22,6 +22,7 @@ from sft_job.model.causal_lm import CausalLMLoss
 from sft_job.model.fp8 import check_fp8, convert_to_fp8, uses_fp8
 from sft_job.model.lora import add_adapters, base_name, draw_adapters, load_adapters, lora_config, uses_lora
 from sft_job.model.loss import row_losses
+from sft_job.model.offload import InputStore
 from sft_job.model.precision import Precision
 from sft_job.model.supported import check_architecture, decoder_blocks
 from sft_job.model.weights import draw, load_pretrained, unit_seed
@@ -71,7 +72,7 @@ def build_model(
     if uses_fp8(config.fp8):
         convert_to_fp8(decoder_blocks(lm), config.fp8)
     compiled = compiles(config, device)
-    blocks = Blocks(decoder_blocks(lm), backend, compiled=compiled)
+    blocks = Blocks(decoder_blocks(lm), backend, compiled=compiled, store=InputStore(device))
     blocks.set_plan(first_plan(config, len(decoder_blocks(lm))))
     module = CausalLMLoss(lm, backend, mesh.ulysses, blocks, maybe_compiled(row_losses, compiled))
     # A checkpoint of adapters does not hold the frozen base.

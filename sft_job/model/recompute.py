@@ -27,6 +27,8 @@ class Recompute(StrEnum):
     ATTENTION = "attention"
     """All but attention: its output and log-sum-exps are kept, which costs as much memory as the block's input."""
     FULL = "full"
+    OFFLOAD = "offload"
+    """Everything, and the block's input waits in host memory."""
 
 
 def recomputing(forward: BlockForward, recompute: Recompute, attention_ops: frozenset[str], rng: bool) -> BlockForward:

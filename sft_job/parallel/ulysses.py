@@ -74,21 +74,21 @@ def gather_sequence(
         group: the Ulysses group; rank i holds the i-th part of the sequence.
 
     Returns:
-        query [1, H/u, T, D], key [1, max(K, u)/u, T, D], value [1, max(K, u)/u, T, Dv].
+        query [1, H/u, T, D], key [1, max(K, u)/u, T, D], value [1, max(K, u)/u, T, Dv]; views of what was received,
+        where a token's heads lie together.
     """
     u = group.size()
     repeats = kv_repeats(key.shape[1], u)
+    rows = [x[0].transpose(0, 1) for x in (query, key, value)]  # [T/u, h, d]: a view, as layers make their heads
     if repeats > 1:
-        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    parts = [x.reshape(u, -1) for x in (query, key, value)]  # [1, h, T/u, d] -> [u, h/u * T/u * d]: row i for rank i
-    sizes = [part.shape[1] for part in parts]
-    received = all_to_all(torch.cat(parts, dim=1), group.group_name)  # row i: rank i's tokens of this rank's heads
-    outs: list[Tensor] = []
-    for x, part in zip((query, key, value), received.split(sizes, dim=1), strict=True):
-        _, h, t, d = x.shape
-        part = part.reshape(u, h // u, t, d)  # [u, h/u, T/u, d]
-        outs.append(part.transpose(0, 1).reshape(1, h // u, u * t, d))  # [1, h/u, T, d]
-    return outs[0], outs[1], outs[2]
+        rows[1:] = [x.repeat_interleave(repeats, dim=1) for x in rows[1:]]
+    heads = [(x.shape[1] // u, x.shape[2]) for x in rows]
+    parts = [x.reshape(x.shape[0], u, -1).transpose(0, 1) for x in rows]  # [u, T/u, h/u * d]: heads i for rank i
+    # The one copy: token by token, so that what comes is in the order of the whole sequence and is cut up by views.
+    received = all_to_all(torch.cat(parts, dim=2), group.group_name)  # row i: rank i's tokens of this rank's heads
+    whole = received.flatten(0, 1).split([h * d for h, d in heads], dim=1)  # [T, h/u * d] each
+    outs = [part.unflatten(1, size).transpose(0, 1)[None] for part, size in zip(whole, heads, strict=True)]
+    return outs[0], outs[1], outs[2]  # [1, h/u, T, d]
 
 
 def scatter_sequence(out: Tensor, group: dist.ProcessGroup) -> Tensor:

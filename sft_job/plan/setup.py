@@ -12,8 +12,8 @@ from sft_job.plan.cards import Card
 from sft_job.plan.shape import Linear, Shape, adapted
 
 GIB = 2**30
-RECOMPUTE_VALUES = ("none", "attention", "full")
-"""Values of ``model.recompute`` besides auto, by what they keep. With offload among them, auto falls back to it."""
+RECOMPUTE_VALUES = ("none", "attention", "full", "offload")
+"""Values of ``model.recompute`` besides auto, by what they keep; auto falls back to the last one."""
 _BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 # Linear layers that ``model.fp8`` leaves in bf16.
 _INTO_HEADS = ("q_proj", "k_proj", "v_proj", "qkv_proj")

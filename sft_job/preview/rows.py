@@ -12,10 +12,11 @@ import numpy as np
 
 from sft_job.checkpoint.state import total_steps
 from sft_job.config.schema import JobConfig
+from sft_job.costs import packing_of
 from sft_job.data.batches import IGNORED, Int64, PackedBatch, pack_rows
 from sft_job.data.mixture import Rows, training_order
 from sft_job.data.order import RowIds
-from sft_job.data.packing import pack_settings, plan_batch
+from sft_job.data.packing import plan_batch
 
 # What the loader of the ranks pads with.
 _PAD_ID = 0
@@ -159,7 +160,7 @@ class TrainingStream:
         self.cache = cache
         self.ulysses_size = config.ulysses_sequence_parallel_size
         self.dp_size = world // self.ulysses_size
-        self._settings = pack_settings(config)
+        self._settings = packing_of(config)
         self._order = training_order(cache, config.trainer.seed, config.data.train_batch_size)
         self.total_steps = total_steps(config, self._order.steps_per_epoch)
 

@@ -17,9 +17,10 @@ from sft_job.fitting import Attempt, Room, fit_recompute, least_recompute, plan_
 from sft_job.metrics.meters import GIB
 from sft_job.model.attention.choose import BACKENDS
 from sft_job.model.blocks import Blocks
+from sft_job.model.offload import InputStore
 from sft_job.model.recompute import Recompute
 
-NONE, ATTENTION, FULL = Recompute
+NONE, ATTENTION, FULL, OFFLOAD = Recompute
 SIZES = st.integers(0, 400)
 
 
@@ -80,7 +81,7 @@ class Card:
 
     size: int
     weights: int = 100
-    keeps: dict[Recompute, int] = field(default_factory=lambda: {FULL: 10, ATTENTION: 20, NONE: 50})
+    keeps: dict[Recompute, int] = field(default_factory=lambda: {OFFLOAD: 0, FULL: 10, ATTENTION: 20, NONE: 50})
     pieces: int = 0
     """Memory lost between tensors wherever more than blocks' inputs is kept: the measure does not know of it."""
     taken: int = 0
@@ -133,7 +134,7 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         plan = self.blocks.plan
-        keeps_more = any(kind is not FULL for kind in plan) and plan != tuple(probe_plan(len(plan)))
+        keeps_more = any(kind not in (FULL, OFFLOAD) for kind in plan) and plan != tuple(probe_plan(len(plan)))
         self.card.take(self.card.keeps[plan[self.place]], self.card.pieces if keeps_more else 0)
         return x
 
@@ -145,9 +146,12 @@ def _one_rank() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def fitted(card: Card, count: int = 8, *, keeps_all: bool = False) -> tuple[str, tuple[Recompute, ...]]:
+def fitted(
+    card: Card, count: int = 8, host: int = 0, spared: int = 0, *, keeps_all: bool = False
+) -> tuple[str, tuple[Recompute, ...]]:
     modules = [Block() for _ in range(count)]
-    blocks = Blocks(modules, next(b for b in BACKENDS if b.name == "sdpa"), compiled=False)
+    sdpa = next(b for b in BACKENDS if b.name == "sdpa")
+    blocks = Blocks(modules, sdpa, compiled=False, store=InputStore(torch.device("cpu")))
     blocks.set_plan([FULL] * count)
     for place, module in enumerate(modules):
         module.card, module.blocks, module.place = card, blocks, place
@@ -160,7 +164,8 @@ def fitted(card: Card, count: int = 8, *, keeps_all: bool = False) -> tuple[str,
             module(torch.zeros(()))
         card.taken = 0
 
-    text = fit_recompute(blocks, Attempt(rehearse, card.recover, card, torch.device("cpu"), keeps_all))
+    attempt = Attempt(rehearse, card.recover, card, torch.device("cpu"), lambda: host, spared, keeps_all)
+    text = fit_recompute(blocks, attempt)
     assert card.tried[-1] == blocks.plan, "the plan was gone through"
     assert card.held == 0
     assert not any("watching" in repr(module.forward) for module in modules)
@@ -236,6 +241,50 @@ def test_a_plan_that_was_wrong_costs_no_more_than_its_rehearsals(size) -> None:
     plan = fitted(card, keeps_all=True)[1]
     assert plan == fitted(Card(size))[1]
     assert len(card.tried) == 3 + (1 if size < 500 else 2)
+
+
+@pytest.mark.parametrize(("size", "host", "moved"), [(170, 7, 7), (130, 7, 7), (170, 2, 2), (200, 7, 0)])
+def test_what_does_not_fit_recomputed_goes_to_the_host(size, host, moved) -> None:
+    """As many inputs as the host has room for; none where the card is large enough."""
+    card = Card(size)
+    text, plan = fitted(card, host=host)
+    assert plan == (OFFLOAD,) * moved + (FULL,) * (8 - moved)
+    assert card.most == 100 + 10 * (8 - moved)
+    assert ("inputs in host memory" in text) is bool(moved)
+
+
+@pytest.mark.parametrize(("size", "host"), [(105, 7), (130, 2)])
+def test_nor_with_inputs_in_host_memory(size, host) -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        fitted(Card(size), host=host)
+
+
+def test_where_inputs_are_large_the_least_is_tried_first() -> None:
+    """Without running out of memory once: several ranks could not go on after it."""
+    card = Card(170, recoverable=False)
+    assert fitted(card, host=7, spared=70)[1] == (OFFLOAD,) * 7 + (FULL,)
+    assert card.recovered == 0
+    assert len(card.tried) == 2, "once to compile, once to measure"
+
+
+def test_where_large_inputs_fit_as_much_is_kept_as_ever() -> None:
+    wanted = fitted(Card(300))[1]
+    card = Card(300)
+    assert fitted(card, host=7, spared=70)[1] == wanted
+    assert card.tried[0] == (OFFLOAD,) * 7 + (FULL,)
+    card = Card(300)
+    assert fitted(card, host=7, spared=20)[1] == wanted
+    assert OFFLOAD not in card.tried[0], "inputs are a small part here"
+
+
+def _worst(values: list[int]) -> int:
+    from sft_job.runtime import start_runtime
+
+    return fitting._most(values[start_runtime(60).rank], torch.device("cpu"))
+
+
+def test_ranks_agree_on_the_worst(ranks) -> None:
+    assert ranks(2, _worst, [-3, 8 * 2**40]) == [8 * 2**40] * 2
 
 
 def test_one_block_is_only_rehearsed() -> None:

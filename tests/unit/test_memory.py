@@ -41,7 +41,8 @@ def test_shapes():
     ("changes", "said", "unsaid"),
     [
         ({}, ["recompute=full", "micro_batch_size_per_gpu below 4", "ulysses_sequence_parallel_size above 1"], []),
-        ({"model.recompute": "full"}, ["micro_batch_size_per_gpu below 4"], ["recompute"]),
+        ({"model.recompute": "full"}, ["micro_batch_size_per_gpu below 4", "recompute=offload"], ["recompute=full"]),
+        ({"model.recompute": "offload"}, ["micro_batch_size_per_gpu below 4"], ["recompute"]),
         ({"data.micro_batch_size_per_gpu": 1}, ["cpu_offload=true"], ["micro_batch_size_per_gpu"]),
         ({"data.use_dynamic_bsz": True}, ["max_token_len_per_gpu below 8,192"], ["micro_batch_size_per_gpu"]),
         ({"data.use_dynamic_bsz": True, "data.max_token_len_per_gpu": 100}, [], ["max_token_len_per_gpu"]),

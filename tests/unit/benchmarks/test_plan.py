@@ -73,7 +73,7 @@ def test_a_reference_differs_in_the_path_alone(row: Row) -> None:
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_partners_train_as_many_tokens_a_gpu(row: Row) -> None:
     per_gpu = row.subject.tokens.of_step / row.subject.ranks
-    assert {side.tokens.of_step / side.ranks for side in row.partners} == {per_gpu}
+    assert {side.tokens.of_step / side.ranks for side in row.partners} <= {per_gpu}
 
 
 def spec(**settings: object) -> RunSpec:

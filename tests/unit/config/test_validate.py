@@ -97,7 +97,7 @@ LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "data.custom_cls.name": ([None, "Rows"], [""]),
     "model.external_lib": ([None, "json", "json.tool"], ["", "no_such_module_here", "a b", "/x.py"]),
     "trainer.default_hdfs_dir": ([None, "/elsewhere", "hdfs://host/a", "s3://a"], ["", "s3://", "://a", "A b://c"]),
-    "model.recompute": (["auto", "none", "attention", "full"], ["some", ""]),
+    "model.recompute": (["auto", "none", "attention", "full", "offload"], ["some", ""]),
     "model.fp8": (["none", "tensorwise", "rowwise"], ["fp8", ""]),
     "model.compile": (["auto", True, False], ["yes", 1, None]),
     "model.fsdp_config.shard_frozen": (["auto", True, False], ["yes", 1, None]),

@@ -24,7 +24,7 @@ from sft_job.model.supported import decoder_blocks
 from tests.tiny import model_config
 from tests.traced import CALLS, TRACED
 
-NONE, ATTENTION, FULL = Recompute
+NONE, ATTENTION, FULL, OFFLOAD = Recompute
 SDPA, EAGER = (next(b for b in BACKENDS if b.name == name) for name in ("sdpa", "eager"))
 PLANS = [(NONE, NONE), (ATTENTION, ATTENTION), (FULL, FULL), (FULL, ATTENTION), (ATTENTION, NONE)]
 
@@ -176,5 +176,6 @@ def test_what_the_settings_ask_for() -> None:
     assert [compiles(ModelConfig(compile=value), gpu) for value in ("auto", True, False)] == [True, True, False]
     assert first_plan(ModelConfig(), 3) == [FULL] * 3
     assert first_plan(ModelConfig(enable_gradient_checkpointing=False), 3) == [NONE] * 3
-    for plan in Recompute:
+    assert first_plan(ModelConfig(recompute="offload"), 3) == [OFFLOAD, OFFLOAD, FULL], "the last is needed at once"
+    for plan in (NONE, ATTENTION, FULL):
         assert first_plan(ModelConfig(recompute=plan.value, enable_gradient_checkpointing=False), 2) == [plan] * 2

@@ -55,3 +55,29 @@ def test_exchange_and_its_gradient(ranks, world, heads, kv_heads, value_dim) -> 
         # Every copy of a head was weighted alike, so its gradient is the weight, once for each copy.
         expected = found["weight"][None, :, 3 * rank : 3 * rank + 3, None] * repeats
         assert torch.allclose(found["grad"], expected.expand_as(found["grad"]))
+
+
+def _copies(value_dim: int) -> tuple[dict[str, int], bool, bool]:
+    """Ops of an exchange of heads as layers make them, and whether its results lie where they were received."""
+    import torch.distributed as dist
+
+    from sft_job.runtime import start_runtime
+
+    start_runtime(60)
+    shapes = ((4, 8), (2, 8), (2, value_dim))
+    q, k, v = (torch.randn(1, 6, h * d).view(1, 6, h, d).transpose(1, 2) for h, d in shapes)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        got = gather_sequence(q, k, v, dist.group.WORLD)
+    counts = {event.key: event.count for event in profile.key_averages()}
+    places = {x.untyped_storage().data_ptr() for x in got}
+    return counts, len(places) == 1, all(x.stride(3) == 1 for x in got)
+
+
+@pytest.mark.parametrize("value_dim", [8, 6])
+def test_one_exchange_and_one_copy(ranks, value_dim) -> None:
+    for counts, together, dense in ranks(2, _copies, value_dim):
+        assert counts["sft_job::all_to_all"] == 1
+        assert counts["aten::cat"] == 1
+        assert not {"aten::clone", "aten::copy_"} & counts.keys()
+        assert together
+        assert dense

@@ -1,0 +1,316 @@
+"""Blocks' inputs in host memory between a block's forward and its backward, moved beside the computation.
+
+What is moved is the one tensor that a wholly recomputed block keeps; each rank moves its own tokens. What is left on
+the device then is counted in ``docs/long-documents.md``, which also says why ``model.tiled`` belongs to it.
+
+Streams. A copy to the host starts when its block's forward starts, and reads a tensor that the computing stream has
+been told to make before; the tensor is held here until the computing stream was told to wait for the copy, which is at
+the next block's forward. So no memory is given back while it is read, and at most two inputs are on the device. A copy
+back writes memory that the allocator has for the computing stream, so it comes behind all that this stream was given
+so far; it starts a block before its input is needed, and the computing stream waits for it before it reads, or gives
+the memory up. Hence a page of host memory comes back to the pool only when the computing stream is behind the copy that
+read it, and as copies to the host are behind the computing stream, none writes a page that is still read. The CPU
+never waits.
+"""
+
+from __future__ import annotations
+
+import mmap
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from sft_job.contract import ExitCode
+from sft_job.errors import JobError
+from sft_job.model.recompute import BlockForward
+
+PAGE_BYTES = 2**25
+"""Host memory is taken in pieces of this size, which serve inputs of any length, one after the other."""
+
+
+def host_bytes(input_bytes: int, page: int = PAGE_BYTES) -> int:
+    """Host memory that an input takes."""
+    return -(-input_bytes // page) * page
+
+
+class Mark(Protocol):
+    """The end of a copy."""
+
+    def wait(self) -> None:
+        """Let what the computing stream is given from now on come after the copy."""
+        ...
+
+
+class Lane(Protocol):
+    """Copies in one direction, one after the other."""
+
+    def run(self, copy: Callable[[], None]) -> Mark:
+        """Copy behind all that the computing stream was given so far."""
+        ...
+
+
+class AtOnce:
+    """A lane, and a mark, of a device whose copies are over when they are asked for."""
+
+    def run(self, copy: Callable[[], None]) -> Mark:
+        """Copy now."""
+        copy()
+        return self
+
+    def wait(self) -> None:
+        """It is over."""
+
+
+@dataclass(frozen=True)
+class _CudaMark:
+    event: torch.cuda.Event
+    computing: torch.cuda.Stream
+
+    def wait(self) -> None:
+        self.computing.wait_event(self.event)
+
+
+class CudaLane:
+    """A stream of its own.
+
+    Args:
+        device: a GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+
+    def run(self, copy: Callable[[], None]) -> Mark:
+        """Copy on the stream."""
+        computing = torch.cuda.current_stream(self._device)  # asked for here: inside ``with`` it is the lane's own
+        self._stream.wait_stream(computing)
+        with torch.cuda.stream(self._stream):
+            copy()
+        event = torch.cuda.Event()
+        event.record(self._stream)
+        return _CudaMark(event, computing)
+
+
+class Locks(Protocol):
+    """What ``torch.cuda.cudart()`` offers; 0 = done."""
+
+    def cudaHostRegister(self, start: int, size: int, flags: int, /) -> Any:
+        """Lock memory."""
+        ...
+
+    def cudaHostUnregister(self, start: int, /) -> Any:
+        """Let the system move it again."""
+        ...
+
+
+class HostPages:
+    """Host memory that is taken once and used again and again.
+
+    Args:
+        locks: locks it, so that a GPU reads and writes it without the CPU; None = it stays as it is. Not torch's own
+            page-locked memory, which is rounded up to powers of two and is never given back to the system.
+        size: bytes of a page.
+    """
+
+    def __init__(self, locks: Locks | None, size: int = PAGE_BYTES) -> None:
+        self._locks = locks
+        self.size = size
+        """Bytes of a page."""
+        self._free: list[Tensor] = []
+        self._made = 0
+
+    @property
+    def held(self) -> int:
+        """Bytes taken from the host, used or not."""
+        return self._made * self.size
+
+    @property
+    def in_use(self) -> int:
+        """Bytes of pages that hold something."""
+        return self.held - len(self._free) * self.size
+
+    def take(self, count: int) -> list[Tensor]:
+        """Pages, used ones first.
+
+        Raises:
+            JobError: the host has no memory left, or will not lock it (88).
+        """
+        while len(self._free) < count:
+            self._free.append(self._make())
+            self._made += 1
+        return [self._free.pop() for _ in range(count)]
+
+    def _make(self) -> Tensor:
+        try:
+            memory = mmap.mmap(-1, self.size)  # begins at a page of the system's and shares none
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                memory.madvise(mmap.MADV_HUGEPAGE)
+            page = torch.frombuffer(memory, dtype=torch.uint8)
+            error = 0 if self._locks is None else int(self._locks.cudaHostRegister(page.data_ptr(), self.size, 0))
+            why = f"CUDA error {error}" if error else ""
+        except (OSError, MemoryError, OverflowError) as failure:
+            why = str(failure) or "MemoryError"
+        if not why:
+            return page
+        raise JobError(
+            ExitCode.OUT_OF_MEMORY,
+            f"model.recompute=offload: the host gave {self.held / 2**30:.1f} GiB of page-locked memory to this rank "
+            f"and no more: {why}\n    fix: more host memory (or a higher limit of the container or of locked memory), "
+            "trainer.async_save=false, or a higher ulysses_sequence_parallel_size",
+        )
+
+    def give_back(self, pages: list[Tensor]) -> None:
+        """Pages that hold nothing any more."""
+        self._free.extend(pages)
+
+    def clear(self) -> None:
+        """Give back to the system what is not in use; no copy may be under way."""
+        for page in self._free:
+            if self._locks is not None:
+                self._locks.cudaHostUnregister(page.data_ptr())
+        self._made -= len(self._free)
+        self._free.clear()
+
+
+@dataclass
+class _Slot:
+    """Where an input is: in pages, and for a while on the device as well."""
+
+    pages: list[Tensor]
+    loaded: Tensor | None = None
+    read: Mark | None = None
+
+
+@dataclass(eq=False)
+class _Held:
+    """What the graph holds in a block input's place; it gives the pages back when the graph lets go of it."""
+
+    slot: _Slot | None
+    kept: Tensor | None
+    shape: torch.Size
+    dtype: torch.dtype
+    below: Callable[[], _Held | None]
+    """That of the block before, whose backward comes next."""
+
+
+class InputStore:
+    """Moves blocks' inputs out and back.
+
+    Args:
+        device: on which blocks compute.
+        pages: host memory.
+        out: copies to the host.
+        back: copies to the device.
+    """
+
+    def __init__(
+        self, device: torch.device, pages: HostPages | None = None, out: Lane | None = None, back: Lane | None = None
+    ) -> None:
+        cuda = device.type == "cuda"
+        self._device = device
+        self.pages = pages if pages is not None else HostPages(torch.cuda.cudart() if cuda else None)
+        """Host memory, empty until the first block's forward."""
+        self._out = out if out is not None else CudaLane(device) if cuda else AtOnce()
+        self._back = back if back is not None else CudaLane(device) if cuda else AtOnce()
+        self._leaving: list[tuple[Tensor, Mark]] = []
+        self._top: Callable[[], _Held | None] = lambda: None
+
+    def around(self, forward: BlockForward, *, moves: bool) -> BlockForward:
+        """A block's forward whose input waits in host memory.
+
+        Args:
+            forward: keeps its first argument and nothing else, as ``torch.utils.checkpoint`` without reentrance does.
+            moves: False leaves the input where it is; its backward then only calls for the one before it.
+        """
+
+        def run(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled() or not args or not isinstance(args[0], Tensor):
+                return forward(block, *args, **kwargs)
+            # Its place and not the tensor: the graph holds on to ``pack``.
+            place, shape = args[0].data_ptr(), args[0].shape
+
+            def pack(saved: Tensor) -> Tensor | _Held:
+                same = saved.data_ptr() == place and saved.shape == shape
+                return self._hold(saved.detach(), moves=moves) if same and saved.is_contiguous() else saved
+
+            with saved_tensors_hooks(pack, self._unpack):
+                return forward(block, *args, **kwargs)
+
+        return run
+
+    def _hold(self, hidden: Tensor, *, moves: bool) -> _Held:
+        self._settle()
+        held = _Held(None, None if moves else hidden, hidden.shape, hidden.dtype, self._top)
+        if moves:
+            held.slot = self._send(hidden)
+            weakref.finalize(held, self._let_go, held.slot).atexit = False
+        self._top = weakref.ref(held)
+        return held
+
+    def _send(self, hidden: Tensor) -> _Slot:
+        flat = hidden.reshape(-1).view(torch.uint8)
+        pages = self.pages.take(-(-flat.numel() // self.pages.size))
+
+        def copy() -> None:
+            for piece, page in zip(flat.split(self.pages.size), pages, strict=True):
+                page[: piece.numel()].copy_(piece, non_blocking=True)
+
+        self._leaving.append((hidden, self._out.run(copy)))
+        return _Slot(pages)
+
+    def _settle(self) -> None:
+        """Let go of tensors whose copies were begun a block ago."""
+        for _, sent in self._leaving:
+            sent.wait()
+        self._leaving.clear()
+
+    def _load(self, held: _Held) -> None:
+        slot = held.slot
+        if slot is None or slot.loaded is not None:
+            return
+        target = torch.empty(held.shape, dtype=held.dtype, device=self._device)
+        flat = target.view(-1).view(torch.uint8)
+
+        def copy() -> None:
+            for piece, page in zip(flat.split(self.pages.size), slot.pages, strict=True):
+                piece.copy_(page[: piece.numel()], non_blocking=True)
+
+        slot.read = self._back.run(copy)
+        slot.loaded = target
+
+    def _unpack(self, packed: Tensor | _Held) -> Tensor:
+        """In a block's backward: its input, and the call for that of the block whose backward is next."""
+        if isinstance(packed, Tensor):
+            return packed
+        self._settle()
+        hidden = packed.kept
+        if packed.slot is not None:
+            self._load(packed)
+            hidden, packed.slot.loaded = packed.slot.loaded, None
+            assert packed.slot.read is not None
+            packed.slot.read.wait()
+        below = packed.below()
+        if below is not None:
+            self._load(below)
+        assert hidden is not None
+        return hidden
+
+    def _let_go(self, slot: _Slot) -> None:
+        """The graph is done with an input, or was given up in the middle of a step."""
+        if slot.loaded is not None and slot.read is not None:
+            slot.read.wait()  # or its memory would be given to others while the copy still writes it
+            slot.loaded = None
+        self.pages.give_back(slot.pages)
+
+    def clear(self) -> None:
+        """Let go of all that no graph holds: where another plan was chosen, and at the end. Waits for the device."""
+        self._settle()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.pages.clear()
