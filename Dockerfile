@@ -82,7 +82,7 @@ ARG MAX_JOBS=4
 RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     --mount=type=bind,source=requirements,target=/requirements \
-    python3 -m venv --system-site-packages /opt/build \
+    python3 -m venv --without-pip --system-site-packages /opt/build \
     && python3 -m pip --python /opt/build/bin/python install --no-deps --only-binary :all: \
         --require-hashes --requirement /requirements/fa2-build.txt \
     && FLASH_ATTENTION_FORCE_BUILD=TRUE PATH="/opt/build/bin:$PATH" python3 -m pip --python /opt/build/bin/python wheel \
