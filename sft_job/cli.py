@@ -210,6 +210,20 @@ def _submit() -> None:
     """Submit a job file (job.yaml) to a scheduler."""
 
 
+@submit_app.command("docker")
+def submit_docker(
+    job_file: Annotated[Path, typer.Argument(help="The job file (job.yaml).")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="Settings of the job file or of the run, as key=value.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the engine's command and the plan only.")] = False,
+) -> None:
+    """Start a container on this machine; `docker stop` saves."""
+    from deploy.docker.cli import submit  # noqa: PLC0415  the one place that knows a launcher
+
+    raise typer.Exit(submit(job_file, settings or [], dry_run=dry_run))
+
+
 @submit_app.command("slurm")
 def submit_slurm(
     job_file: Annotated[Path, typer.Argument(help="The job file (job.yaml).")],

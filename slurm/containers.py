@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from sft_job.contract import Env
-from sft_job.jobfile.mounts import Mount, parse_mount
+from sft_job.jobfile.engine import OF_THE_HOST, Container, run_command
+from sft_job.jobfile.mounts import Mount, planned_mounts
 from slurm.plan import Plan
 
-# Of the node's own Python: in a container they would point at files that are not there, or at other versions.
-_OF_THE_HOST = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "CONDA_PREFIX", "LD_LIBRARY_PATH", "LD_PRELOAD")
 # What a job's libraries read besides what the job file names.
 _PASSED_PREFIXES = ("WANDB_", "HF_", "NCCL_", "GLOO_", "TORCH_", "TRITON_", "OMP_", "SFT_JOB_")
 
@@ -39,22 +36,8 @@ class Setting:
 
     @property
     def mounts(self) -> list[Mount]:
-        """What the container sees: the run's YAML, the checkpoint folder, and what the job file names.
-
-        A folder comes before what lies in it, which it would hide otherwise. No place is named twice: engines refuse.
-        """
-        config, checkpoints = Path(self.plan.config).parent, Path(self.plan.checkpoint_dir)
-        own = [Mount(str(checkpoints), str(checkpoints), True)]
-        if not config.is_relative_to(checkpoints):  # read-only on top of it, the job could not write there
-            own.append(Mount(str(config), str(config)))
-        found: dict[str, Mount] = {}
-        for mount in (*own, *map(parse_mount, self.plan.mounts)):
-            source, target = os.path.normpath(mount.source), os.path.normpath(mount.target)
-            before = found.get(target)
-            # The job writes into its folder, whatever a mount of the same folder says.
-            writable = mount.writable or (before is not None and before.writable and before.source == source)
-            found[target] = Mount(source, target, writable)
-        return sorted(found.values(), key=lambda mount: len(Path(mount.target).parts))
+        """What the container sees."""
+        return planned_mounts(self.plan.config, self.plan.checkpoint_dir, self.plan.mounts)
 
     @property
     def passed(self) -> list[str]:
@@ -71,12 +54,12 @@ class Setting:
             *self.plan.environment,
         }
         known = [name for name in self.environ if name in named or name.startswith(_PASSED_PREFIXES)]
-        return sorted({*known, *self.plan.secrets} - ({*_OF_THE_HOST} - self.kept.keys()))
+        return sorted({*known, *self.plan.secrets} - ({*OF_THE_HOST} - self.kept.keys()))
 
     @property
     def kept(self) -> dict[str, str]:
         """Of the variables that a container does not get from its node: those that the job file sets."""
-        return {name: value for name, value in self.plan.environment.items() if name in _OF_THE_HOST}
+        return {name: value for name, value in self.plan.environment.items() if name in OF_THE_HOST}
 
     @property
     def name(self) -> str:
@@ -97,7 +80,7 @@ def job_environ(setting: Setting) -> dict[str, str]:
     """The environment from which that command starts."""
     if setting.plan.container == "none":
         return dict(setting.environ)
-    plain = {name: value for name, value in setting.environ.items() if name not in _OF_THE_HOST}
+    plain = {name: value for name, value in setting.environ.items() if name not in OF_THE_HOST}
     if setting.plan.container == "pyxis":
         return plain | setting.kept
     if setting.plan.container == "apptainer":  # which takes LD_* from no other name, and sets them itself
@@ -146,38 +129,30 @@ def _apptainer(setting: Setting) -> list[str]:
 
 
 def _docker(setting: Setting) -> list[str]:
-    devices = setting.environ.get("SLURM_STEP_GPUS") or setting.environ.get("SLURM_JOB_GPUS")
-    # Quotes within: docker reads the value as CSV.
-    gpus = ["--gpus", f'"device={devices}"' if devices else "all"] if setting.plan.gpus_per_node else []
-    return _engine("docker", setting, gpus)
+    return _engine("docker", setting)
 
 
 def _podman(setting: Setting) -> list[str]:
-    devices = setting.environ.get("SLURM_STEP_GPUS") or setting.environ.get("SLURM_JOB_GPUS") or "all"
-    gpus = [f"--device=nvidia.com/gpu={each}" for each in devices.split(",")] if setting.plan.gpus_per_node else []
-    return _engine("podman", setting, ["--userns=keep-id", *gpus])
+    return _engine("podman", setting, "--userns=keep-id")
 
 
-def _engine(name: str, setting: Setting, more: Sequence[str]) -> list[str]:
+def _engine(name: str, setting: Setting, *more: str) -> list[str]:
     plan = setting.plan
-    return [
-        name,
-        "run",
-        "--rm",
-        "--init",
-        f"--name={setting.name}",
-        "--network=host",
-        f"--shm-size={plan.shm_gib:g}g",
-        "--ulimit=memlock=-1",
-        f"--user={setting.user}",
-        "--entrypoint=",
-        *more,
-        *(f"--volume={mount}" for mount in setting.mounts),
-        # By name alone: the value is in no command line; but those would act on the engine's own client.
-        *(f"--env={each}={setting.kept[each]}" if each in setting.kept else f"--env={each}" for each in setting.passed),
-        *plan.container_args,
-        str(plan.image),
-    ]
+    devices = setting.environ.get("SLURM_STEP_GPUS") or setting.environ.get("SLURM_JOB_GPUS") or "all"
+    container = Container(
+        engine=name,
+        name=setting.name,
+        image=str(plan.image),
+        user=setting.user,
+        mounts=setting.mounts,
+        gpus=devices if plan.gpus_per_node else None,
+        shm_gib=plan.shm_gib,
+        given=setting.kept,
+        passed=setting.passed,
+    )
+    # Without an entry point: what it does to a command, only its image knows.
+    own = ["--rm", "--init", "--network=host", "--ulimit=memlock=-1", "--entrypoint=", *more]
+    return run_command(container, own, plan.container_args)
 
 
 @dataclass(frozen=True)

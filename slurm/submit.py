@@ -14,12 +14,10 @@ from pathlib import Path
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from sft_job.contract import Env, ExitCode, RunFolder
-from sft_job.errors import JobError, Problem, raise_problems
+from sft_job.errors import JobError, raise_problems
 from sft_job.jobfile.load import LoadedJob, load_job
-from sft_job.jobfile.mounts import Mount, check_path
-from sft_job.jobfile.run import Copy, copy_for, look_at_run
+from sft_job.jobfile.run import Copy, Place, copy_for, look_from_here, with_folder_of
 from sft_job.jobfile.schema import JobFile
-from sft_job.jobfile.validate import secret_problems
 from sft_job.submissions import record
 from slurm.allocation import Allocation
 from slurm.containers import Setting, job_command, job_environ
@@ -131,57 +129,17 @@ def _with_run(
     Raises:
         ProblemsError: what is wrong.
     """
-    config = Path(plan.config)
-    problems = _place_problems(loaded, plan, environ)
-    if config.is_file():
-        at = loaded.origin("overrides")
-        variables = _variables(loaded.job, plan, environ)
-        found, here = look_at_run(config, plan.overrides, variables, plan.gpus_per_node, at)
-        problems += found
-        for each in here:
-            show(f"only the nodes can tell: {each.origin}: {each.subject}: {each.rule}")
+    config, container = Path(plan.config), plan.container != "none"
+    seen = {"config": plan.config, "checkpoint_dir": plan.checkpoint_dir, "slurm.folder": plan.folder}
+    variables = _variables(loaded.job, plan, environ)
+    place = Place("slurm", config, plan.overrides, variables, plan.gpus_per_node, seen if container else {})
+    problems, notes = look_from_here(loaded, place, environ)
+    for line in notes:
+        show(line)
     raise_problems(problems)
-    try:
-        copy = copy_for(config, Path(plan.folder))
-    except OSError as error:
-        raise JobError(ExitCode.CONFIG, f"{config} cannot be read: {error.strerror or error}") from error
-    mounts = list(plan.mounts)
-    if plan.container != "none" and not config.is_relative_to(plan.checkpoint_dir):
-        # What else lies in its folder, such as a chat template, the container sees as before.
-        mounts.insert(0, str(Mount(str(config.parent), str(config.parent))))
+    copy = copy_for(config, Path(plan.folder))
+    mounts = with_folder_of(config, plan.checkpoint_dir, plan.mounts) if container else plan.mounts
     return dataclasses.replace(plan, config=str(copy.path), mounts=mounts), copy
-
-
-def _place_problems(loaded: LoadedJob[SlurmSettings], plan: Plan, environ: Mapping[str, str]) -> list[Problem]:
-    """What is wrong here and now: files that are not there, secrets that are not set, or stand where they must not."""
-    job = loaded.job
-    problems = [*secret_problems(job, "", environ), *secret_problems(loaded.block, "slurm", environ)]
-    if not Path(plan.config).is_file():
-        rule, fix = "there is no such file", "correct the path; a relative one begins at the folder in which you submit"
-        problems.append(Problem(ExitCode.CONFIG, "config", rule, fix, job.config))
-    if plan.container != "none":
-        problems += _mount_problems(plan)
-    for at, name in enumerate(job.secrets):
-        if not environ.get(name):
-            rule, fix = "this variable is not set here", f"export {name}=..., or take it out of the list"
-            problems.append(Problem(ExitCode.CONFIG, f"secrets[{at}]", rule, fix, name))
-    return [dataclasses.replace(problem, origin=loaded.origin(problem.subject)) for problem in problems]
-
-
-def _mount_problems(plan: Plan) -> list[Problem]:
-    """The container sees these folders under their own names, which mounts must be able to say."""
-    problems: list[Problem] = []
-    for subject, path in (
-        ("config", plan.config),
-        ("checkpoint_dir", plan.checkpoint_dir),
-        ("slurm.folder", plan.folder),
-    ):
-        try:
-            check_path(path)
-        except ValueError as error:
-            fix = "another path; a relative one begins at the folder in which you submit"
-            problems.append(Problem(ExitCode.CONFIG, subject, f"is mounted into the container: {error}", fix, path))
-    return problems
 
 
 def _submit(job: JobFile, block: SlurmSettings, plan: Plan, copy: Copy, without: Sequence[str]) -> str:

@@ -7,10 +7,14 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from sft_job.config.resolve import resolve
 from sft_job.contract import ExitCode
-from sft_job.errors import Problem
+from sft_job.errors import JobError, Problem
+from sft_job.jobfile.load import LoadedJob
+from sft_job.jobfile.mounts import Mount, check_path
+from sft_job.jobfile.validate import secret_problems
 
 _COMMAND_LINE = "command line"
 # What they name need not be on the machine from which the job is submitted.
@@ -52,6 +56,60 @@ def _may_hold_there(problem: Problem) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a job will run, as far as that is known where it is submitted.
+
+    Attributes:
+        launcher: name of its block in the job file.
+        config: absolute path of the run's YAML.
+        overrides: of the run.
+        variables: of the job.
+        gpu_count: GPUs of a node.
+        mounted: what a container sees under its own path: setting -> path; empty without a container.
+    """
+
+    launcher: str
+    config: Path
+    overrides: Sequence[str]
+    variables: Mapping[str, str]
+    gpu_count: int
+    mounted: Mapping[str, str]
+
+
+def look_from_here(loaded: LoadedJob[Any], place: Place, environ: Mapping[str, str]) -> tuple[list[Problem], list[str]]:
+    """What is wrong with a job here and now, with its run's settings, and what only its nodes can tell, as lines.
+
+    Args:
+        loaded: the job file.
+        place: where it will run.
+        environ: of the process that submits.
+    """
+    job = loaded.job
+    problems = [*secret_problems(job, "", environ), *secret_problems(loaded.block, place.launcher, environ)]
+    if not place.config.is_file():
+        rule, fix = "there is no such file", "correct the path; a relative one begins at the folder in which you submit"
+        problems.append(Problem(ExitCode.CONFIG, "config", rule, fix, job.config))
+    for subject, path in place.mounted.items():
+        # The container sees these under their own names, which mounts must be able to say.
+        try:
+            check_path(path)
+        except ValueError as error:
+            fix = "another path; a relative one begins at the folder in which you submit"
+            problems.append(Problem(ExitCode.CONFIG, subject, f"is mounted into the container: {error}", fix, path))
+    for at, name in enumerate(job.secrets):
+        if not environ.get(name):
+            rule, fix = "this variable is not set here", f"export {name}=..., or take it out of the list"
+            problems.append(Problem(ExitCode.CONFIG, f"secrets[{at}]", rule, fix, name))
+    problems = [dataclasses.replace(problem, origin=loaded.origin(problem.subject)) for problem in problems]
+    if not place.config.is_file():
+        return problems, []
+    at = loaded.origin("overrides")
+    found, here = look_at_run(place.config, place.overrides, place.variables, place.gpu_count, at)
+    notes = [f"only the nodes can tell: {each.origin}: {each.subject}: {each.rule}" for each in here]
+    return [*problems, *found], notes
+
+
+@dataclasses.dataclass(frozen=True)
 class Copy:
     """A config as it was when the job was submitted: what is edited later does not change a job that waits.
 
@@ -80,7 +138,20 @@ def copy_for(config: Path, folder: Path) -> Copy:
     """The copy of a config below a folder, not yet written; it keeps the file's name, which messages show.
 
     Raises:
-        OSError: the config cannot be read.
+        JobError: the config cannot be read (2).
     """
-    content = config.read_bytes()
+    try:
+        content = config.read_bytes()
+    except OSError as error:
+        raise JobError(ExitCode.CONFIG, f"{config} cannot be read: {error.strerror or error}") from error
     return Copy(folder / "configs" / hashlib.sha256(content).hexdigest()[:12] / config.name, content)
+
+
+def with_folder_of(config: Path, checkpoint_dir: str, mounts: Sequence[str]) -> list[str]:
+    """The mounts, with the folder of a config of which a container gets a copy.
+
+    What else lies there, such as a chat template, the container sees as if it had the config itself.
+    """
+    if config.is_relative_to(checkpoint_dir):
+        return list(mounts)
+    return [str(Mount(str(config.parent), str(config.parent))), *mounts]

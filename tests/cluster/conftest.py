@@ -1,4 +1,4 @@
-"""A Slurm cluster for all workers of a test session; each worker has nodes of its own."""
+"""A Slurm cluster for all workers of a test session, each with nodes of its own; a Docker engine for one worker."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ import pytest
 from filelock import FileLock
 
 from tests.chaos.oracle import Evidence, gather
-from tests.cluster.slurm_cluster import GROUP_NODES, GROUPS, Cluster, NoClusterError, SlurmRun, run_alone
+from tests.cluster.docker_engine import BASE_IMAGE, CANARY, DockerRun, Engine, NoEngineError
+from tests.cluster.slurm_cluster import (
+    GROUP_NODES,
+    GROUPS,
+    REPOSITORY,
+    SEED_YAML,
+    Cluster,
+    NoClusterError,
+    SlurmRun,
+    run_alone,
+)
 from tests.tiny import save_model, write_rows
 
 REQUIRED = "SFT_JOB_CLUSTER_REQUIRED"
@@ -109,3 +119,66 @@ def slurm_run(
                 "its nodes are free", lambda: not cluster.ask("squeue", "--noheader", f"--nodelist={nodes[0]}"), 60
             )
     shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def engine() -> Iterator[Engine]:
+    """A real Docker engine."""
+    try:
+        found = Engine()
+    except NoEngineError as reason:
+        if os.environ.get(REQUIRED) == "1":
+            pytest.fail(f"{REQUIRED}=1, and no Docker engine starts: {reason}")
+        pytest.skip(f"no Docker engine starts here: {reason}")
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="session")
+def image(engine: Engine, shared: Path) -> Iterator[str]:
+    """The image, built on the local base; a secret was there while it was built."""
+    name = "localhost/sft-job:test"
+    pip_conf = shared / "pip.conf"
+    own = engine("run", "--rm", "--network=none", BASE_IMAGE, "cat", "/etc/pip.conf")
+    pip_conf.write_text(f"# {CANARY}\n{own}\n")
+    engine.build(name, pip_conf)
+    yield name
+    engine("image", "rm", "--force", name)
+
+
+@pytest.fixture(scope="session")
+def readable(inputs: Path) -> Path:
+    """Model and rows, the config and the pace, for any user."""
+    shutil.copy(SEED_YAML, inputs)
+    (inputs / "code").mkdir(exist_ok=True)
+    shutil.copy(REPOSITORY / "tests" / "cluster" / "pace.py", inputs / "code")
+    for path in (inputs, *inputs.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    return inputs
+
+
+@pytest.fixture
+def docker_run(engine: Engine, image: str, readable: Path, tmp_path: Path) -> Iterator[Callable[[str], DockerRun]]:
+    """``docker_run(name)``: a run folder of the container's user; its containers are removed at the end."""
+    made: list[DockerRun] = []
+
+    def make(name: str) -> DockerRun:
+        run = DockerRun(engine, image, readable, tmp_path / name)
+        made.append(run)
+        run.make_root()
+        return run
+
+    yield make
+    for run in made:
+        run.remove()
+
+
+@pytest.fixture(scope="session")
+def whole(engine: Engine, image: str, readable: Path, shared: Path) -> DockerRun:
+    """A run in one container to its end."""
+    run = DockerRun(engine, image, readable, shared / "whole")
+    run.make_root()
+    done = run.train()
+    (shared / "whole.log").write_text(done.stdout + done.stderr)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return run

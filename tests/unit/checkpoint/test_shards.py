@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import pickle
 import threading
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, TensorProperties
 
 from sft_job.checkpoint.files import Content, Files
 from sft_job.checkpoint.folder import file_sha256
@@ -120,6 +122,34 @@ def test_an_index_that_would_run_code_is_refused(tmp_path) -> None:
     assert not canary.exists()
     os.system(f"touch {canary}")  # the command does what the test believes
     assert canary.exists()
+
+
+class OldPickler(pickle.Pickler):
+    """Writes members of enumerations as Python 3.11.0 to 3.11.3 do."""
+
+    def reducer_override(self, given: Any) -> Any:
+        return (getattr, (type(given), given.name)) if isinstance(given, Enum) else NotImplemented
+
+
+def test_an_index_of_an_older_python_is_read(tmp_path) -> None:
+    save(tmp_path, tensors())
+    metadata = pickle.loads((tmp_path / ".metadata").read_bytes())
+    with (tmp_path / ".metadata").open("wb") as file:
+        OldPickler(file).dump(metadata)
+    assert b"getattr" in (tmp_path / ".metadata").read_bytes()
+    found = load(tmp_path)
+    assert all(torch.equal(found["model"][name], tensor) for name, tensor in tensors()["model"].items())
+
+
+@pytest.mark.parametrize("what", [(TensorProperties, "__init__"), (_MEM_FORMAT_ENCODING, "mro"), (torch.Size, "index")])
+def test_only_members_of_enumerations_are_taken_by_name(tmp_path, what: tuple[Any, str]) -> None:
+    class Taken:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return getattr, what
+
+    metadata_with(tmp_path, lambda metadata: replaced(metadata, planner_data=Taken()))
+    with pytest.raises(dcp.CheckpointException, match="which no index needs"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("name", [b"os.system", b"Enum", b"os", b"MetadataIndex.__init__.__globals__"])
