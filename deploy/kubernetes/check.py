@@ -255,7 +255,9 @@ def _check_pod(pod: _Pod, check: _Found) -> None:
     check(token, f"{path}.automountServiceAccountToken", "training needs no key to the cluster", "false")
     grace = spec.get("terminationGracePeriodSeconds", 0)
     rule = f"must be {_SHORTEST_GRACE} or more: a step and a save happen in it"
-    check(grace >= _SHORTEST_GRACE, f"{path}.terminationGracePeriodSeconds", rule, "grace_seconds of the job file, + 15")
+    check(
+        grace >= _SHORTEST_GRACE, f"{path}.terminationGracePeriodSeconds", rule, "grace_seconds of the job file, + 15"
+    )
     own = spec.get("securityContext", {})
     for subject, container in pod.containers():
         check(container["image"].strip(), f"{subject}.image", "must name an image")
@@ -303,7 +305,7 @@ def _check_memory(pod: _Pod, check: _Found) -> None:
         resources = container.get("resources", {})
         limits, requests = resources.get("limits", {}), resources.get("requests", {})
         memory = _bytes(limits.get("memory", "0"))
-        rule = f"must be more than the {shared / 2**30:g} GiB of volumes in memory, which count as memory"
+        rule = f"must be more than the {float(shared / 2**30):g} GiB of volumes in memory, which count as memory"
         fix = "memory_gib and shm_gib of the job file, together"
         check(memory is not None and memory > shared, f"{subject}.resources.limits.memory", rule, fix)
         rule = "must be what limits say: what is not requested may be used by others, and the job killed for it"

@@ -234,7 +234,9 @@ def _check_secrets(job: JobFile, block: KubernetesSettings, check: Checks) -> No
         good = _SECRET.fullmatch(reference) and SecretMask({}).text(reference) == reference
         # The value is not shown: it may be the secret itself.
         fix = f"kubectl create secret generic NAME --from-file=KEY=FILE, then {name}: NAME/KEY"
-        check(good, subject, "must be SECRET/KEY, the names of a Secret and of a key in it; never a secret's value", fix)
+        check(
+            good, subject, "must be SECRET/KEY, the names of a Secret and of a key in it; never a secret's value", fix
+        )
         both = name in job.environment
         check(not both, subject, "environment sets this variable too", "keep one of the two")
         check(name not in OURS, subject, "the launcher sets this variable itself", "remove it")

@@ -243,7 +243,9 @@ def _fields(value: Any, shape: Mapping[str, Shape], path: str) -> Iterator[Probl
         else:
             close = nearest(str(name), list(known))
             fix = f"did you mean {close}?" if close else f"there are: {', '.join(known)}"
-            yield Problem(ExitCode.CONFIG, f"{path}.{name}", "unknown field, or one that a job of ours must not have", fix)
+            yield Problem(
+                ExitCode.CONFIG, f"{path}.{name}", "unknown field, or one that a job of ours must not have", fix
+            )
     for name in shape:
         if name.endswith("!") and name.removesuffix("!") not in fields:
             yield Problem(ExitCode.CONFIG, f"{path}.{name.removesuffix('!')}", "is missing")
