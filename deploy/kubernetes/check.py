@@ -21,13 +21,14 @@ from sft_job.contract import Env, ExitCode
 from sft_job.errors import Problem
 
 _SHORTEST_GRACE = 30
-_UNITS = {"": 1, "m": Fraction(1, 1000), "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_UNITS |= {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+_UNITS: Mapping[str, Fraction | int] = {
+    **{"": 1, "m": Fraction(1, 1000), "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12},
+    **{"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40},
+}
 _QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]+)?)(m|k|M|G|T|Ki|Mi|Gi|Ti)?")
 _VOLUMES = ("configMap", "secret", "emptyDir", "persistentVolumeClaim")
 _OWN_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 _NODES = (Env.NNODES, Env.NODE_RANK, Env.MASTER_ADDR, Env.MASTER_PORT)
-_STOPPED_FOR_GOOD = frozenset(PERMANENT)
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,7 @@ def _check_failure_policy(spec: Node, path: str, check: _Found) -> None:
         )
     path = f"{path}.podFailurePolicy"
     rule = f"a job that ends with one of {', '.join(map(str, PERMANENT))} must fail, and with no other code"
-    check(failing == _STOPPED_FOR_GOOD, path, rule)
+    check(failing == set(PERMANENT), path, rule)
     check(ignored, path, "pods that make room for others must not count", "Ignore on DisruptionTarget")
 
 

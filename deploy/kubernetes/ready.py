@@ -1,4 +1,4 @@
-"""Writes the ready-made manifests below ``deploy/manifests``: ``python -m deploy.kubernetes.ready`` (``make manifests``).
+"""Writes the ready-made manifests below ``deploy/manifests`` (``make manifests``).
 
 They are what ``sft-job submit kubernetes`` makes of ``deploy/manifests/job.yaml``, a folder for each kind.
 """

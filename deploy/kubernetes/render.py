@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -76,7 +76,7 @@ def train_job(task: Task) -> list[Node]:
         "template": template,
     }
     step = {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
-    runtime = {
+    runtime: Node = {
         "apiVersion": "trainer.kubeflow.org/v1alpha1",
         "kind": "TrainingRuntime",
         "metadata": metadata(task, **{"trainer.kubeflow.org/framework": "torch"}),
@@ -84,7 +84,7 @@ def train_job(task: Task) -> list[Node]:
             "mlPolicy": {"numNodes": task.job.resources.nodes, "torch": {}},
             "template": {
                 "spec": {
-                    # No ttlSecondsAfterFinished: Trainer would make the JobSet again, and its restarts would begin at 0.
+                    # No ttlSecondsAfterFinished: Trainer would make the JobSet again, with new restarts.
                     "failurePolicy": {
                         "maxRestarts": restarts(task),
                         "rules": [
@@ -179,16 +179,18 @@ class Kind:
     Attributes:
         objects: renders them.
         resource: what kubectl calls the job.
-        first_pod: the pod of rank 0, as ``kubectl logs`` and ``exec`` take it.
+        first_pod: the pod of rank 0, or a job whose pods all see the run folder, as ``kubectl exec`` takes it.
         needs: what the cluster must have.
-        stop: arguments of kubectl that stop the job and keep it.
+        suspend: the patch that suspends the job, or lets it go on, with ``{0}`` for true and false.
+        beside: other resources that it consists of, besides the ConfigMap.
     """
 
     objects: Callable[[Task], list[Node]]
     resource: str
     first_pod: str
     needs: str
-    suspend: str
+    suspend: str = '{{"spec":{{"suspend":{0}}}}}'
+    beside: tuple[str, ...] = ()
 
 
 KINDS: Mapping[str, Kind] = {
@@ -204,9 +206,9 @@ KINDS: Mapping[str, Kind] = {
         "trainjobs.trainer.kubeflow.org",
         "job/{name}-node-0",
         "Kubeflow Trainer (v2)",
-        '{{"spec":{{"suspend":{0}}}}}',
+        beside=("trainingruntimes.trainer.kubeflow.org",),
     ),
-    "job": Kind(indexed_job, "jobs.batch", "job/{name}", "Kubernetes 1.31 or later", '{{"spec":{{"suspend":{0}}}}}'),
+    "job": Kind(indexed_job, "jobs.batch", "job/{name}", "Kubernetes 1.31 or later", beside=("services",)),
 }
 
 
@@ -218,7 +220,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _text(dumper: yaml.SafeDumper, data: str) -> yaml.Node:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", data, style="|" if "\n" in data else None)
+    return cast("Any", dumper).represent_scalar("tag:yaml.org,2002:str", data, style="|" if "\n" in data else None)
 
 
 _Dumper.add_representer(str, _text)

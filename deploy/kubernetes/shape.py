@@ -205,13 +205,14 @@ def shape_problems(document: Any, subject: str) -> list[Problem]:
     """
     if not isinstance(document, dict):
         return [Problem(ExitCode.CONFIG, subject, "must be a mapping with apiVersion and kind")]
-    kind = (str(document.get("apiVersion")), str(document.get("kind")))
+    fields = cast("dict[Any, Any]", document)
+    kind = (str(fields.get("apiVersion")), str(fields.get("kind")))
     if kind == ("v1", "ConfigMap"):
-        return list(_problems(cast("Any", document), _CONFIG_MAP, subject))
+        return list(_problems(fields, _CONFIG_MAP, subject))
     if kind not in _SPECS:
         known = ", ".join(sorted(f"{name} of {version}" for version, name in {**_SPECS, ("v1", "ConfigMap"): None}))
         return [Problem(ExitCode.CONFIG, subject, f"is none of the kinds that belong to a job: {known}", value=kind)]
-    return list(_problems(cast("Any", document), {**_ROOT, "spec!": _SPECS[kind]}, subject))
+    return list(_problems(fields, {**_ROOT, "spec!": _SPECS[kind]}, subject))
 
 
 def _problems(value: Any, shape: Shape, path: str) -> Iterator[Problem]:

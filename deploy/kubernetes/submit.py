@@ -122,7 +122,7 @@ def _config_text(config: Path, environ: Mapping[str, str]) -> tuple[str, list[Pr
         problems.append(Problem(ExitCode.CONFIG, "config", rule, value=str(config)))
     if SecretMask(environ).text(text) != text:
         rule = "holds a secret, which everybody who may read ConfigMaps would see"
-        fix = "let the config read a variable, ${oc.env:NAME}, and name its Secret: kubernetes.secrets: {NAME: SECRET/KEY}"
+        fix = "let it read a variable, ${oc.env:NAME}, and name its Secret: kubernetes.secrets: {NAME: SECRET/KEY}"
         problems.append(Problem(ExitCode.CONFIG, "config", rule, fix, str(config)))
     return text, problems
 
@@ -202,14 +202,11 @@ def _remember(kubectl: Kubectl, task: Task, environ: Mapping[str, str], show: Sh
         show(f"(sft-job status {job.name} does not know it: {error})")
     if task.block.queue is None:
         show(f"stop it for a while (it saves first): {_patch(kubectl, task, 'true')}")
-    kinds = f"{kind.resource},configmaps" + {"job": ",services", "trainjob": ",trainingruntimes"}.get(
-        task.block.kind, ""
-    )
+    kinds = ",".join((kind.resource, "configmaps", *kind.beside))
     show(f"stop it for good (it saves first): {kubectl.line('delete', kinds, f'--selector={INSTANCE}={job.name}')}")
 
 
 def _patch(kubectl: Kubectl, task: Task, value: str) -> str:
     kind = KINDS[task.block.kind]
-    return kubectl.line(
-        "patch", kind.resource, task.job.name, "--type=merge", f"--patch='{kind.suspend.format(value)}'"
-    )
+    patch = f"--patch='{kind.suspend.format(value)}'"
+    return kubectl.line("patch", kind.resource, task.job.name, "--type=merge", patch)
