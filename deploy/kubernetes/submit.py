@@ -197,7 +197,8 @@ def _remember(kubectl: Kubectl, task: Task, environ: Mapping[str, str], show: Sh
     show(f"run folder: {run.root} on the claim {task.block.checkpoint_claim}")
     show(f"how it stands: {ask}")
     try:
-        record("kubernetes", job.name, run.root, environ=environ, ask=ask)
+        place = f"the claim {task.block.checkpoint_claim}"
+        record("kubernetes", job.name, run.root, environ=environ, ask=ask, place=place)
     except JobError as error:  # the job is submitted all the same
         show(f"(sft-job status {job.name} does not know it: {error})")
     if task.block.queue is None:
