@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sft_job.jobfile.mounts import parse_mount
-from sft_job.jobfile.run import absolute, home
 from sft_job.jobfile.schema import JobFile
 from slurm.settings import SlurmSettings
 
@@ -86,12 +86,12 @@ def make_plan(job: JobFile, slurm: SlurmSettings, cwd: Path, python: str, prefli
         python: the Python that submits.
         preflight: in place of what the job file says.
     """
-    checkpoints = absolute(job.checkpoint_dir, cwd)
+    checkpoints = _absolute(job.checkpoint_dir, cwd)
     return Plan(
-        folder=absolute(slurm.folder, cwd) if slurm.folder else f"{checkpoints}/slurm",
-        config=absolute(job.config, cwd),
+        folder=_absolute(slurm.folder, cwd) if slurm.folder else f"{checkpoints}/slurm",
+        config=_absolute(job.config, cwd),
         checkpoint_dir=checkpoints,
-        python=home(slurm.python or python),
+        python=_home(slurm.python or python),
         overrides=list(job.overrides),
         ranks_per_node=job.ranks_per_node,
         gpus_per_node=job.resources.gpus_per_node,
@@ -102,7 +102,7 @@ def make_plan(job: JobFile, slurm: SlurmSettings, cwd: Path, python: str, prefli
         interface=slurm.network_interface,
         master_port=slurm.master_port,
         container=slurm.container,
-        image=job.image and home(job.image),
+        image=job.image and _home(job.image),
         mounts=[str(parse_mount(each)) for each in job.mounts],
         container_args=list(slurm.container_args),
         grace_seconds=job.grace_seconds,
@@ -114,3 +114,15 @@ def make_plan(job: JobFile, slurm: SlurmSettings, cwd: Path, python: str, prefli
         fruitless=job.retries.without_checkpoint,
         preflight=preflight or (FIRST_PREFLIGHT if job.preflight else NO_PREFLIGHT),
     )
+
+
+def _absolute(path: str, cwd: Path) -> str:
+    return os.path.normpath(cwd / _home(path))
+
+
+def _home(path: str) -> str:
+    """The path with ``~`` written out; nothing else of it changes, for an image may be no path."""
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError:  # nobody of that name
+        return path

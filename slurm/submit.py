@@ -17,7 +17,7 @@ from sft_job.contract import Env, ExitCode, RunFolder
 from sft_job.errors import JobError, Problem, raise_problems
 from sft_job.jobfile.load import LoadedJob, load_job
 from sft_job.jobfile.mounts import Mount, check_path
-from sft_job.jobfile.run import Copy, copy_for, look_at_run, missing_config
+from sft_job.jobfile.run import Copy, copy_for, look_at_run
 from sft_job.jobfile.schema import JobFile
 from sft_job.jobfile.validate import secret_problems
 from sft_job.submissions import record
@@ -156,7 +156,9 @@ def _place_problems(loaded: LoadedJob[SlurmSettings], plan: Plan, environ: Mappi
     """What is wrong here and now: files that are not there, secrets that are not set, or stand where they must not."""
     job = loaded.job
     problems = [*secret_problems(job, "", environ), *secret_problems(loaded.block, "slurm", environ)]
-    problems += missing_config(job, plan.config)
+    if not Path(plan.config).is_file():
+        rule, fix = "there is no such file", "correct the path; a relative one begins at the folder in which you submit"
+        problems.append(Problem(ExitCode.CONFIG, "config", rule, fix, job.config))
     if plan.container != "none":
         problems += _mount_problems(plan)
     for at, name in enumerate(job.secrets):

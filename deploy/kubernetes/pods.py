@@ -28,7 +28,7 @@ NAME, INSTANCE, MANAGER = "app.kubernetes.io/name", "app.kubernetes.io/instance"
 QUEUE = "kueue.x-k8s.io/queue-name"
 _APP = "sft-job"
 _MOST = 2147483647
-# The image's entry point is ``sft-job train``; a look at the nodes comes before it, and its exit code counts.
+# The image's entry point is tini and ``sft-job``. With a look at the nodes before, whose exit code counts, too:
 # tini passes the stop signal to all of them: a shell as the first process would not heed it.
 _PREFLIGHT = 'sft-job preflight "$@" || exit "$?"; exec sft-job train "$@"'
 
@@ -189,7 +189,7 @@ def _command(task: Task) -> Node:
     arguments = [str(PurePosixPath(CONFIG_FOLDER) / task.config_name), *map(plain, task.job.overrides)]
     if task.job.preflight:
         return {"command": ["tini", "-g", "--", "sh", "-c", plain(_PREFLIGHT), "sft-job"], "args": arguments}
-    return {"args": arguments}
+    return {"args": ["train", *arguments]}
 
 
 def _environment(task: Task, more: list[Node]) -> list[Node]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from sft_job.config.secrets import SecretMask
 from sft_job.contract import DEFAULT_CONFIG_NAME, Env, ExitCode, RunFolder
 from sft_job.errors import JobError, Problem, raise_problems
 from sft_job.jobfile.load import LoadedJob, load_job
-from sft_job.jobfile.run import absolute, look_at_run, missing_config
+from sft_job.jobfile.run import look_at_run
 from sft_job.jobfile.schema import JobFile
 from sft_job.jobfile.validate import secret_problems
 from sft_job.submissions import record
@@ -78,22 +79,24 @@ def make_task(loaded: LoadedJob[KubernetesSettings], environ: Mapping[str, str],
         ProblemsError: what is wrong with the run's settings, or secrets that stand where they must not (2).
     """
     job, block = loaded.job, loaded.block
-    config = absolute(job.config, cwd)
+    config = Path(os.path.normpath(cwd / os.path.expanduser(job.config)))  # noqa: PTH111  leaves ~nobody as it is
     problems = [*secret_problems(job, "", environ), *secret_problems(block, "kubernetes", environ)]
-    missing = missing_config(job, config)
-    problems = [dataclasses.replace(each, origin=loaded.origin(each.subject)) for each in [*problems, *missing]]
+    if not config.is_file():
+        rule, fix = "there is no such file", "correct the path; a relative one begins at the folder in which you submit"
+        problems.append(Problem(ExitCode.CONFIG, "config", rule, fix, job.config))
+    problems = [dataclasses.replace(each, origin=loaded.origin(each.subject)) for each in problems]
     notes: list[str] = []
     text = ""
-    if not missing:
+    if config.is_file():
         variables = job_variables(job, block)
         gpus = job.resources.gpus_per_node
-        found, here = look_at_run(Path(config), job.overrides, variables, gpus, loaded.origin("overrides"))
+        found, here = look_at_run(config, job.overrides, variables, gpus, loaded.origin("overrides"))
         problems += found
         notes = [f"only the pods can tell: {each.origin}: {each.subject}: {each.rule}" for each in here]
-        text, more = _config_text(Path(config), environ)
+        text, more = _config_text(config, environ)
         problems += more
     raise_problems(problems)
-    name = Path(config).name
+    name = config.name
     return Task(job, block, name if re.fullmatch(r"[A-Za-z0-9._-]+", name) else DEFAULT_CONFIG_NAME, text), notes
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from sft_job.config.resolve import resolve
 from sft_job.contract import ExitCode
 from sft_job.errors import Problem
-from sft_job.jobfile.schema import JobFile
 
 _COMMAND_LINE = "command line"
 # What they name need not be on the machine from which the job is submitted.
@@ -85,29 +84,3 @@ def copy_for(config: Path, folder: Path) -> Copy:
     """
     content = config.read_bytes()
     return Copy(folder / "configs" / hashlib.sha256(content).hexdigest()[:12] / config.name, content)
-
-
-def absolute(path: str, cwd: Path) -> str:
-    """A path of this machine with ``~`` written out; a relative one begins at ``cwd``."""
-    return os.path.normpath(cwd / home(path))
-
-
-def home(path: str) -> str:
-    """The path with ``~`` written out; nothing else of it changes, for an image may be no path."""
-    try:
-        return str(Path(path).expanduser()) if path.startswith("~") else path
-    except RuntimeError:  # nobody of that name
-        return path
-
-
-def missing_config(job: JobFile, config: str) -> list[Problem]:
-    """That the run's YAML is not there, if so.
-
-    Args:
-        job: names it.
-        config: its absolute path.
-    """
-    if Path(config).is_file():
-        return []
-    rule, fix = "there is no such file", "correct the path; a relative one begins at the folder in which you submit"
-    return [Problem(ExitCode.CONFIG, "config", rule, fix, job.config)]

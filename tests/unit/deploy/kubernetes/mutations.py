@@ -121,7 +121,7 @@ MUTATIONS = [
     _torch("a policy that retries everything", "spec.pytorchReplicaSpecs.Worker.restartPolicy", "OnFailure"),
     _torch("two masters", "spec.pytorchReplicaSpecs.Master.replicas", 2),
     _torch("no master", "spec.pytorchReplicaSpecs.Master"),
-    _torch("an unknown role", "spec.pytorchReplicaSpecs.Chief", {"replicas": 1}, server=True),
+    _torch("an unknown role", "spec.pytorchReplicaSpecs.Chief", {"replicas": 1}),
     _torch("a container of another name", f"{_BOX}.name", "trainer"),
     _torch("no image", f"{_BOX}.image"),
     _torch("a variable of the operator", f"{_BOX}.env.+", _variable("PET_NNODES", "2")),

@@ -112,7 +112,11 @@ def test_a_dry_run_is_a_manifest_and_needs_no_kubectl(desk, tmp_path: Path) -> N
     assert done.stdout.startswith("# only the pods can tell: ")
     config, service, job = yaml.safe_load_all(done.stdout)
     assert [each["kind"] for each in (config, service, job)] == ["ConfigMap", "Service", "Job"]
-    assert job["spec"]["template"]["spec"]["containers"][0]["args"] == ["/etc/sft_job/sft.yaml", "optim.lr=1e-5"]
+    assert job["spec"]["template"]["spec"]["containers"][0]["args"] == [
+        "train",
+        "/etc/sft_job/sft.yaml",
+        "optim.lr=1e-5",
+    ]
     assert not (tmp_path / ".local").exists()
     if not any(Path(each, "kubectl").exists() for each in ("/usr/bin", "/bin")):
         assert "kubectl is not on PATH" in words(desk())
