@@ -77,7 +77,7 @@ def node(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
     """A node with a kubelet, which has the image."""
     folder = Path(f"/tmp/sft-kubelet-{os.getpid()}")
     (folder / "images").mkdir(parents=True)
-    os.symlink(image.archive.resolve(), folder / "images" / "image.tar")
+    (folder / "images" / "image.tar").symlink_to(image.archive.resolve())
     binaries = Path(os.environ.get("KUBE_BIN") or Path.home() / ".cache" / "sft_job" / "kube-bin")
     try:
         found = Server(folder, PORT, ["--node"], binaries)
@@ -85,6 +85,7 @@ def node(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
         shutil.rmtree(folder, ignore_errors=True)
         pytest.fail(f"no kubelet starts: {reason}")
     yield found
+    found.ask("--context=core", "delete", "jobs", "--all", "--wait=true", "--timeout=90s")
     found.close()
 
 
@@ -148,13 +149,14 @@ class PodRun:
 
     def done(self) -> bool:
         status = json.loads(self.kubectl("get", "job", self.name, "--output=json")).get("status", {})
-        assert not status.get("failed"), self.log()
+        over = [each["type"] for each in status.get("conditions", []) if each["status"] == "True"]
+        assert "Failed" not in over, self.log()
         return bool(status.get("succeeded"))
 
 
 @pytest.fixture
 def pod_run(node: Server, image: Image, inputs: Path, tmp_path: Path) -> Callable[[str], PodRun]:
-    """``pod_run(name)``: what ``sft-job submit kubernetes --kind job`` renders, on claims of folders of this machine."""
+    """``pod_run(name)``: what ``sft-job submit kubernetes --kind job`` renders, on claims of this machine's folders."""
 
     def start(name: str) -> PodRun:
         root = tmp_path / name
