@@ -14,13 +14,13 @@ from typing import Any, cast
 
 from deploy.kubernetes.pods import QUEUE, Node
 from deploy.kubernetes.render import COMPLETION_INDEX, PERMANENT
-from deploy.kubernetes.settings import SHM, SINGLE, is_name
+from deploy.kubernetes.settings import LEAVE_SECONDS, SHM, SINGLE, is_name
 from deploy.kubernetes.shape import shape_problems
 from sft_job.config.secrets import SecretMask
 from sft_job.contract import Env, ExitCode
 from sft_job.errors import Problem
 
-_SHORTEST_GRACE = 30
+_SHORTEST_GRACE = LEAVE_SECONDS + 1
 _UNITS: Mapping[str, Fraction | int] = {
     **{"": 1, "m": Fraction(1, 1000), "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12},
     **{"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40},

@@ -233,15 +233,13 @@ def _volumes(task: Task) -> tuple[list[Node], list[Node]]:
     volumes: list[Node] = [
         {"name": "config", "configMap": {"name": task.config_map}},
         {"name": "scratch", "emptyDir": {"sizeLimit": gibibytes(block.scratch_gib)}},
+        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": gibibytes(task.job.resources.shm_gib)}},
     ]
     mounts: list[Node] = [
         {"name": "config", "mountPath": CONFIG_FOLDER, "readOnly": True},
         {"name": "scratch", "mountPath": SCRATCH},
+        {"name": "shm", "mountPath": SHM},
     ]
-    if task.job.resources.shm_gib > 0:
-        size = gibibytes(task.job.resources.shm_gib)
-        volumes.append({"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": size}})
-        mounts.append({"name": "shm", "mountPath": SHM})
     claims = [parse_claim(each) for each in block.claims]
     checkpoints = block.checkpoint_claim or ""
     writable = {checkpoints, *(each.name for each in claims if each.writable)}

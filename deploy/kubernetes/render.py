@@ -179,7 +179,8 @@ class Kind:
     Attributes:
         objects: renders them.
         resource: what kubectl calls the job.
-        first_pod: the pod of rank 0, or a job whose pods all see the run folder, as ``kubectl exec`` takes it.
+        pod: of rank 0, or a job whose pods all see the run folder, as ``kubectl exec`` takes it.
+        log: what ``kubectl logs`` takes for that of the first node.
         needs: what the cluster must have.
         suspend: the patch that suspends the job, or lets it go on, with ``{0}`` for true and false.
         beside: other resources that it consists of, besides the ConfigMap.
@@ -187,16 +188,19 @@ class Kind:
 
     objects: Callable[[Task], list[Node]]
     resource: str
-    first_pod: str
+    pod: str
+    log: str
     needs: str
     suspend: str = '{{"spec":{{"suspend":{0}}}}}'
     beside: tuple[str, ...] = ()
 
 
+_FIRST_INDEX = f"--tail=-1 --selector={INSTANCE}={{name}},batch.kubernetes.io/job-completion-index=0"
 KINDS: Mapping[str, Kind] = {
     "pytorchjob": Kind(
         pytorch_job,
         "pytorchjobs.kubeflow.org",
+        "pod/{name}-master-0",
         "pod/{name}-master-0",
         "Kubeflow's training operator (v1.9)",
         '{{"spec":{{"runPolicy":{{"suspend":{0}}}}}}}',
@@ -205,10 +209,13 @@ KINDS: Mapping[str, Kind] = {
         train_job,
         "trainjobs.trainer.kubeflow.org",
         "job/{name}-node-0",
+        _FIRST_INDEX,
         "Kubeflow Trainer (v2)",
         beside=("trainingruntimes.trainer.kubeflow.org",),
     ),
-    "job": Kind(indexed_job, "jobs.batch", "job/{name}", "Kubernetes 1.31 or later", beside=("services",)),
+    "job": Kind(
+        indexed_job, "jobs.batch", "job/{name}", _FIRST_INDEX, "Kubernetes 1.31 or later", beside=("services",)
+    ),
 }
 
 

@@ -249,6 +249,9 @@ def _check_numbers(job: JobFile, block: KubernetesSettings, check: Checks) -> No
     memory = job.resources.memory_gib
     rule = "must be set, and more than 0: a pod without a limit is the first that a full node kills"
     check(memory, "resources.memory_gib", rule, "memory_gib: 64 (/dev/shm comes on top of it)", memory)
+    shared = job.resources.shm_gib
+    rule = "must be more than 0: without it /dev/shm has 64 MB, too little for NCCL and for loading data"
+    check(shared > 0, "resources.shm_gib", rule, "shm_gib: 16", shared)
     check(block.user > 0, "kubernetes.user", "must not be root", "user: 10001", block.user)
     check(block.group >= 0, "kubernetes.group", "must be 0 or more", value=block.group)
     check(block.scratch_gib > 0, "kubernetes.scratch_gib", "must be more than 0", value=block.scratch_gib)

@@ -187,7 +187,7 @@ def _claim_problems(wanted: Mapping[str, str], found: Mapping[str, Node], nodes:
 def _remember(kubectl: Kubectl, task: Task, environ: Mapping[str, str], show: Show) -> None:
     """Record the submission, and say what people do next."""
     job, kind = task.job, KINDS[task.block.kind]
-    pod = kind.first_pod.format(name=job.name)
+    pod, log = kind.pod.format(name=job.name), kind.log.format(name=job.name)
     ask = kubectl.line("exec", pod, "--", "sft-job", "status")
     run = RunFolder(Path(job.checkpoint_dir) / "sft")
     ranks = f"{job.resources.nodes} node(s), {job.ranks_per_node} rank(s) on each"
@@ -196,7 +196,7 @@ def _remember(kubectl: Kubectl, task: Task, environ: Mapping[str, str], show: Sh
         show(f"it waits in Kueue's queue {task.block.queue}: {kubectl.line('get', 'workloads')}")
     elif suspended(task):
         show(f"it is suspended; start it: {_patch(kubectl, task, 'false')}")
-    show(f"log: {kubectl.line('logs', '--follow', pod)}")
+    show(f"log: {kubectl.line('logs', '--follow', log)}")
     show(f"run folder: {run.root} on the claim {task.block.checkpoint_claim}")
     show(f"how it stands: {ask}")
     try:

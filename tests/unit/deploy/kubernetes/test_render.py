@@ -220,6 +220,44 @@ def test_any_text_reaches_the_job_as_it_is(text: str) -> None:
         assert argument.replace("$$(", "$(") == given.job.overrides[0] or "$$(" in text
 
 
+@settings(max_examples=60)
+@given(
+    kind=st.sampled_from(sorted(KINDS)),
+    nodes=st.integers(1, 40),
+    gpus=st.integers(0, 8),
+    ranks=st.none() | st.integers(1, 8),
+    memory=st.floats(0.01, 4000) | st.integers(1, 4000),
+    shm=st.floats(0.01, 500),
+    cpus=st.none() | st.integers(1, 256),
+    grace=st.integers(1, 5000),
+    time=st.none() | st.sampled_from(["10", "1:00:00", "2-0"]),
+    losses=st.none() | st.integers(0, 10**10),
+    claims=st.lists(st.sampled_from(["data:/data", "data:/more", "runs:/old", "x:/data/x:rw", "x:/y"]), unique=True),
+    queue=st.none() | st.just("team"),
+    mode=st.sampled_from(["ReadWriteMany", "ReadWriteOnce"]),
+    preflight=st.booleans(),
+)
+def test_what_the_settings_allow_the_manifest_check_allows(kind: str, claims: list[str], **given: Any) -> None:
+    """Nothing is refused late, by a path in a manifest, that a rule of the job file could have named."""
+    resources = Resources(
+        nodes=given["nodes"],
+        gpus_per_node=given["gpus"],
+        ranks_per_node=given["ranks"],
+        cpus_per_node=given["cpus"],
+        memory_gib=given["memory"],
+        shm_gib=given["shm"],
+        time=given["time"],
+    )
+    job = JobFile("any", "sft.yaml", image="x:1", checkpoint_dir="/runs", resources=resources)
+    job.grace_seconds, job.preflight, job.retries.losses = given["grace"], given["preflight"], given["losses"]
+    block = KubernetesSettings(kind, checkpoint_claim="runs", claims=claims, queue=given["queue"])
+    block.checkpoint_access, block.checkpoint_size_gib = given["mode"], 10
+    if [*validate(job), *check_kubernetes(job, block)]:
+        return
+    found = list(yaml.safe_load_all(to_yaml(render(Task(job, block, "sft.yaml", "a: 1\n")))))
+    assert check_manifests(found) == []
+
+
 @given(st.floats(min_value=0.001, max_value=1e5))
 def test_sizes_are_never_less_than_was_asked(size: float) -> None:
     text = gibibytes(size)

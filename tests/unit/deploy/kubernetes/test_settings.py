@@ -91,6 +91,7 @@ def test_what_is_refused(block: dict[str, Any], subject: str) -> None:
         ({"secrets": ["HF_TOKEN"]}, "secrets[0]"),
         ({"resources": Resources()}, "resources.memory_gib"),
         ({"resources": Resources(memory_gib=0)}, "resources.memory_gib"),
+        ({"resources": Resources(memory_gib=8, shm_gib=0)}, "resources.shm_gib"),
         ({"resources": Resources(memory_gib=8, time="2:10")}, "resources.time"),
         ({"retries": Retries(timeouts=3)}, "retries.timeouts"),
         ({"retries": Retries(preemptions=0)}, "retries.preemptions"),
