@@ -19,7 +19,8 @@ from tests.cluster.conftest import REQUIRED
 from tests.cluster.kube_server import REPOSITORY, NoServerError, Server
 from tests.unit.deploy.kubernetes.mutations import CANARY, MUTATIONS, Mutation, good
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+# Jobs of other tests that need the machine for themselves are not disturbed.
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900), pytest.mark.usefixtures("place")]
 
 READY = REPOSITORY / "deploy" / "manifests"
 GOLDEN = REPOSITORY / "tests" / "golden" / "kubernetes"
@@ -41,9 +42,10 @@ def server(shared: Path, testrun_uid: str) -> Iterator[Server]:
             if os.environ.get(REQUIRED) == "1":
                 pytest.fail(f"{REQUIRED}=1, and no API server starts: {reason}")
             pytest.skip(f"no API server starts here: {reason}")
-        if not users.exists():
+        count = int(users.read_text()) if users.exists() else 0
+        if count == 0:
             found.define()
-        users.write_text(str(int(users.read_text()) + 1 if users.exists() else 1))
+        users.write_text(str(count + 1))
     yield found
     with FileLock(shared / "kube.lock"):
         left = int(users.read_text()) - 1

@@ -22,6 +22,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from deploy.kubernetes.kubectl import Kubectl
 from sft_job.demo.run import DemoFolder, make_input
 from tests.cluster.kube_server import REPOSITORY, NoServerError, Server
 
@@ -232,7 +233,9 @@ def _job_file(name: str, image: str) -> dict[str, Any]:
     }
 
 
-def test_a_pod_that_is_deleted_comes_again_and_ends_the_same(pod_run: Callable[[str], PodRun]) -> None:
+def test_a_pod_that_is_deleted_comes_again_and_ends_the_same(
+    pod_run: Callable[[str], PodRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
     alone = pod_run("alone")
     alone.wait("the end of the run that nobody disturbs", alone.done)
     expected = alone.outcome()
@@ -254,11 +257,17 @@ def test_a_pod_that_is_deleted_comes_again_and_ends_the_same(pod_run: Callable[[
     assert found["weights_sha256"] == expected["weights_sha256"]
     assert [each["cause"] for each in found["restarts"]] == ["stopped"]
     assert found["version"] == expected["version"]
-    # The shown state is what people ask of the pod; files are of the pod's user, and no secret is in any of them.
+    # Files are of the pod's user, and no secret is in any of them.
     owners = {path.stat().st_uid for path in struck.root.rglob("*")}
     assert owners == {USER}
     assert not [path for path in struck.root.rglob("*") if path.is_file() and CANARY.encode() in path.read_bytes()]
     assert CANARY not in struck.log()
+    # What submitting asks the cluster about claims.
+    for name in ("KUBECONFIG", "PATH"):
+        monkeypatch.setenv(name, struck.node.environ[name])
+    claims = Kubectl("core", None).objects("persistentvolumeclaims", ["struck-runs", "absent"])
+    assert claims is not None
+    assert {name: each["spec"]["accessModes"] for name, each in claims.items()} == {"struck-runs": ["ReadWriteMany"]}
     spec = second["spec"]
     assert spec["terminationGracePeriodSeconds"] == 75
     assert not [each for each in spec["volumes"] if "default-token" in each["name"]]
