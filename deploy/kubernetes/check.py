@@ -79,8 +79,7 @@ def _pods(document: Node, subject: str) -> Iterator[Pod]:
 
 
 def _pod(path: str, template: Node, container: str, count: int) -> Pod:
-    labels = template.get("metadata", {}).get("labels", {})
-    return Pod(f"{path}.spec", template["spec"], labels, container, count)
+    return Pod(f"{path}.spec", template["spec"], container, count)
 
 
 def _check_pytorch_job(document: Node, subject: str, check: Found) -> None:

@@ -46,14 +46,12 @@ class Pod:
     Attributes:
         path: where it stands.
         spec: its specification.
-        labels: its labels.
         container: name that its container must have; '' = any.
         count: how many pods it makes.
     """
 
     path: str
     spec: Node
-    labels: Mapping[str, str]
     container: str
     count: int
 
