@@ -58,10 +58,9 @@ class Image:
 def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
     given = os.environ.get("IMAGE_TAR")
     if not given:
-        for command in (["make", "image", f"IMAGE={BUILT}"], ["docker", "save", BUILT]):
-            archive = tmp_path_factory.mktemp("image") / "image.tar"
-            more = ["--output", str(archive)] if command[0] == "docker" else []
-            done = subprocess.run([*command, *more], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        archive = tmp_path_factory.mktemp("image") / "image.tar"
+        for command in (["make", "image", f"IMAGE={BUILT}"], ["docker", "save", f"--output={archive}", BUILT]):
+            done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
             assert done.returncode == 0, f"{command}: {done.stderr[-3000:]}"
         return Image(BUILT, archive)
     with tarfile.open(given) as archive:
