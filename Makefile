@@ -52,6 +52,14 @@ bench: ## Measure training beside TRL on this machine's GPU (ROWS=name,...) with
 bench-data: $(VENV)/.ready ## Measure tokenising and loading on a million rows
 	$(BIN)/python benchmarks/data_pipeline.py
 
+.PHONY: manifests test-kubelet
+
+manifests: $(VENV)/.ready ## Write the ready-made Kubernetes manifests below deploy/manifests
+	$(BIN)/python -m deploy.kubernetes.ready
+
+test-kubelet: $(VENV)/.ready ## Train in a pod of the image under a real kubelet, and delete it (IMAGE_TAR=archive; else make image; root)
+	OMP_NUM_THREADS=1 SFT_JOB_KUBELET=1 IMAGE_TAR=$(IMAGE_TAR) $(BIN)/pytest -n0 -m cluster --timeout 3000 -rs tests/cluster/test_kube_pod.py
+
 format: $(VENV)/.ready ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .

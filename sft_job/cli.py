@@ -241,6 +241,21 @@ def submit_slurm(
     raise typer.Exit(submit(job_file, settings or [], dry_run=dry_run, preflight=preflight))
 
 
+@submit_app.command("kubernetes")
+def submit_kubernetes(
+    job_file: Annotated[Path, typer.Argument(help="The job file (job.yaml).")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="Settings of the job file or of the run, as key=value.")
+    ] = None,
+    kind: Annotated[str | None, typer.Option("--kind", help="pytorchjob, trainjob or job.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the manifests only, as YAML.")] = False,
+) -> None:
+    """Submit to Kubernetes: PyTorchJob, TrainJob or an Indexed Job, checked and applied by kubectl."""
+    from deploy.kubernetes.cli import submit  # noqa: PLC0415  a command loads only what it needs
+
+    raise typer.Exit(submit(job_file, settings or [], kind=kind, dry_run=dry_run))
+
+
 def main() -> None:
     """Entry point; whatever is not foreseen ends with 1, a line, and its traceback in a file."""
     try:

@@ -38,6 +38,7 @@ class Submission:
         logs: files that hold what it says, each a path or a pattern with ``*``; they may not be there yet.
         ask: a command line by which people ask the launcher for the job; only shown.
         submitted: local time.
+        place: what holds the run folder where this machine need not see it; '' where it does.
     """
 
     launcher: str
@@ -46,6 +47,7 @@ class Submission:
     logs: tuple[str, ...] = ()
     ask: str = ""
     submitted: str = ""
+    place: str = ""
 
     def __str__(self) -> str:
         return f"{self.launcher} job {self.job}"
@@ -111,6 +113,7 @@ def record(
     environ: Mapping[str, str],
     logs: Sequence[str | Path] = (),
     ask: str = "",
+    place: str = "",
 ) -> Path:
     """Remember a job that was just submitted; one of the same id is replaced.
 
@@ -121,6 +124,7 @@ def record(
         environ: tells where records are kept.
         logs: files with what the job says: paths, or patterns with ``*``.
         ask: a command line that asks the launcher for the job.
+        place: what holds the run folder where this machine need not see it.
 
     Returns:
         The record's file.
@@ -130,11 +134,11 @@ def record(
         ProblemsError: there is no home (2), or the record cannot be written (73).
     """
     _refuse_odd(launcher, job)
-    texts = (str(run), ask, *map(str, logs))
+    texts = (str(run), ask, place, *map(str, logs))
     if any(_CONTROL.search(text) for text in texts):
         raise ValueError(f"a control character in {texts!r}")
     paths = tuple(str(Path(log).absolute()) for log in logs)
-    submission = Submission(launcher, job, str(Path(run).absolute()), paths, ask, _now())
+    submission = Submission(launcher, job, str(Path(run).absolute()), paths, ask, _now(), place)
     folder = state_folder(environ)
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)

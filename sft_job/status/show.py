@@ -84,6 +84,8 @@ def _word(status: RunStatus) -> str:
         return f"stopped with exit code {status.code}"
     if status.state == "lost":
         return f"lost (exit code {status.code})" if status.code else "lost"
+    if status.state == "absent" and status.submission is not None and status.submission.place:
+        return f"its run folder is not seen from here: it lies on {status.submission.place}"
     return {
         "waiting": "waiting for requeue",
         "silent": "no sign of life",

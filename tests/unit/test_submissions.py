@@ -39,6 +39,17 @@ def test_a_job_is_found_by_its_id_with_and_without_its_launcher(environ, tmp_pat
         assert found.ask == "squeue -j 12_3"
 
 
+def test_a_run_folder_may_lie_where_this_machine_does_not_see_it(environ) -> None:
+    path = record("kubernetes", "mine", Path("/runs/sft"), environ=environ, place="the claim runs")
+    assert find("mine", environ).place == "the claim runs"
+    older = json.loads(path.read_text())
+    del older["place"]
+    path.write_text(json.dumps(older))
+    assert find("mine", environ).place == ""
+    with pytest.raises(ValueError, match="a control character"):
+        record("kubernetes", "mine", Path("/runs/sft"), environ=environ, place="the\x1b[2Jclaim")
+
+
 def test_a_record_is_replaced_and_leaves_nothing_else(environ, tmp_path) -> None:
     for name in ("one", "two"):
         record("slurm", "7", tmp_path / name, environ=environ)

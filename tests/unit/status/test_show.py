@@ -84,6 +84,10 @@ def test_a_running_run_on_one_screen() -> None:
             {"state": "absent", "submission": Submission("slurm", "7", "/r", ("/l/*.err",), "squeue -j 7", "t")},
             "ask the launcher: squeue -j 7",
         ),
+        (
+            {"state": "absent", "submission": Submission("kubernetes", "a", "/r", place="the claim runs")},
+            "its run folder is not seen from here: it lies on the claim runs",
+        ),
     ],
 )
 def test_what_each_state_says(more: dict, text: str) -> None:

@@ -1,0 +1,216 @@
+"""``sft-job submit kubernetes``: load, check, render, check what was rendered, apply. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import yaml
+
+from deploy.kubernetes.check import check_manifests
+from deploy.kubernetes.kubectl import Kubectl
+from deploy.kubernetes.pods import INSTANCE, Node, Task, suspended
+from deploy.kubernetes.render import KINDS, render, to_yaml
+from deploy.kubernetes.settings import SINGLE, KubernetesSettings, check_kubernetes, parse_claim
+from sft_job.config.secrets import SecretMask
+from sft_job.contract import DEFAULT_CONFIG_NAME, Env, ExitCode, RunFolder
+from sft_job.errors import JobError, Problem, raise_problems
+from sft_job.jobfile.load import LoadedJob, load_job
+from sft_job.jobfile.run import look_at_run
+from sft_job.jobfile.schema import JobFile
+from sft_job.jobfile.validate import secret_problems
+from sft_job.submissions import record
+
+_MOST_BYTES = 900_000
+"""A ConfigMap holds 1 MiB in all."""
+Show = Callable[[str], None]
+
+
+def submit_job(
+    path: Path,
+    overrides: Sequence[str],
+    environ: Mapping[str, str],
+    show: Show,
+    *,
+    kind: str | None = None,
+    dry_run: bool = False,
+) -> int:
+    """Submit a job file to Kubernetes; the exit code of the command.
+
+    Args:
+        path: the job file.
+        overrides: ``key=value`` on top of it, or on top of the run's config.
+        environ: environment of the process.
+        show: takes lines for the user.
+        kind: in place of ``kubernetes.kind``.
+        dry_run: only show the manifests, as YAML; notes stand in comments.
+
+    Raises:
+        JobError: what is wrong with the job file, or why the cluster did not take it (2).
+    """
+    more = [] if kind is None else [f"kubernetes.kind={kind}"]
+    loaded = load_job(path, [*overrides, *more], "kubernetes", KubernetesSettings, check_kubernetes)
+    task, notes = make_task(loaded, environ, Path.cwd())
+    objects = render(task)
+    manifest = to_yaml(objects)
+    # What the cluster will read, not what we wrote: YAML has its own ideas of some texts.
+    raise_problems(check_manifests(list(yaml.safe_load_all(manifest))))
+    notes += _uncounted(task)
+    if dry_run:
+        show("".join(f"# {note}\n" for note in notes) + manifest)
+        return ExitCode.DONE
+    for note in notes:
+        show(note)
+    kubectl = Kubectl(task.block.context, task.block.namespace)
+    _look_at_cluster(kubectl, loaded, task)
+    for line in kubectl.apply(manifest):
+        show(line)
+    _remember(kubectl, task, environ, show)
+    return ExitCode.DONE
+
+
+def make_task(loaded: LoadedJob[KubernetesSettings], environ: Mapping[str, str], cwd: Path) -> tuple[Task, list[str]]:
+    """What is to be rendered, with the run's YAML as it is now, and what only the pods can tell.
+
+    Raises:
+        ProblemsError: what is wrong with the run's settings, or secrets that stand where they must not (2).
+    """
+    job, block = loaded.job, loaded.block
+    config = Path(os.path.normpath(cwd / os.path.expanduser(job.config)))  # noqa: PTH111  leaves ~nobody as it is
+    problems = [*secret_problems(job, "", environ), *secret_problems(block, "kubernetes", environ)]
+    if not config.is_file():
+        rule, fix = "there is no such file", "correct the path; a relative one begins at the folder in which you submit"
+        problems.append(Problem(ExitCode.CONFIG, "config", rule, fix, job.config))
+    problems = [dataclasses.replace(each, origin=loaded.origin(each.subject)) for each in problems]
+    notes: list[str] = []
+    text = ""
+    if config.is_file():
+        variables = job_variables(job, block)
+        gpus = job.resources.gpus_per_node
+        found, here = look_at_run(config, job.overrides, variables, gpus, loaded.origin("overrides"))
+        problems += found
+        notes = [f"only the pods can tell: {each.origin}: {each.subject}: {each.rule}" for each in here]
+        text, more = _config_text(config, environ)
+        problems += more
+    raise_problems(problems)
+    name = config.name
+    return Task(job, block, name if re.fullmatch(r"[A-Za-z0-9._-]+", name) else DEFAULT_CONFIG_NAME, text), notes
+
+
+def job_variables(job: JobFile, block: KubernetesSettings) -> dict[str, str]:
+    """What ``sft-job train`` reads in the first pod, whoever sets it there."""
+    nodes = job.resources.nodes
+    places = {
+        Env.NNODES: str(nodes),
+        Env.NODE_RANK: "0",
+        Env.MASTER_ADDR: f"{job.name}-0",
+        Env.MASTER_PORT: str(block.master_port),
+    }
+    own = {Env.CHECKPOINT_DIR: job.checkpoint_dir, Env.NPROC_PER_NODE: str(job.ranks_per_node)}
+    return {**job.environment, **own, **(places if nodes > 1 else {})}
+
+
+def _config_text(config: Path, environ: Mapping[str, str]) -> tuple[str, list[Problem]]:
+    try:
+        content = config.read_bytes()
+        text = content.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        return "", [Problem(ExitCode.CONFIG, "config", f"cannot be read: {error}", value=str(config))]
+    problems: list[Problem] = []
+    if len(content) > _MOST_BYTES:
+        rule = f"has {len(content)} bytes, and a ConfigMap holds at most {_MOST_BYTES}"
+        problems.append(Problem(ExitCode.CONFIG, "config", rule, value=str(config)))
+    if SecretMask(environ).text(text) != text:
+        rule = "holds a secret, which everybody who may read ConfigMaps would see"
+        fix = "let it read a variable, ${oc.env:NAME}, and name its Secret: kubernetes.secrets: {NAME: SECRET/KEY}"
+        problems.append(Problem(ExitCode.CONFIG, "config", rule, fix, str(config)))
+    return text, problems
+
+
+def _uncounted(task: Task) -> list[str]:
+    """Limits of the job file that nobody counts on Kubernetes, where the job's own breaker is what holds."""
+    breaker = "starts that come no further end with 86"
+    found = [f"not counted on Kubernetes: retries.without_checkpoint; {breaker}"]
+    if task.block.kind == "pytorchjob" and task.job.retries.losses is not None:
+        found.append(f"not counted by this operator after exit codes: retries.losses; {breaker}")
+    return found
+
+
+def _look_at_cluster(kubectl: Kubectl, loaded: LoadedJob[KubernetesSettings], task: Task) -> None:
+    """Refuse a name that is taken, and claims that are not there or that the pods cannot share.
+
+    Raises:
+        JobError: so, or the cluster lacks what the kind needs, or does not answer (2).
+    """
+    kind, name = KINDS[task.block.kind], task.job.name
+    try:
+        taken = kubectl.exists(kind.resource, name)
+    except JobError as error:
+        if "doesn't have a resource type" not in str(error):
+            raise
+        fix = f"install {kind.needs}, or --kind job, which needs no operator"
+        raise JobError(error.code, f"the cluster has no {kind.resource}\n    fix: {fix}") from error
+    if taken:
+        rule = "the cluster has a job of this name"
+        remove = kubectl.line("delete", kind.resource, name)
+        fix = f"another name; or {remove}, then submit again: the run goes on from its checkpoint"
+        raise_problems([Problem(ExitCode.CONFIG, "name", rule, fix, name, loaded.origin("name"))])
+    block = task.block
+    wanted = {"kubernetes.checkpoint_claim": block.checkpoint_claim or ""}
+    if block.checkpoint_size_gib is not None:
+        wanted = {}
+    for at, each in enumerate(block.claims):
+        wanted[f"kubernetes.claims[{at}]"] = parse_claim(each).name
+    found = kubectl.objects("persistentvolumeclaims", sorted(set(wanted.values()))) if wanted else {}
+    problems = [] if found is None else _claim_problems(wanted, found, task.job.resources.nodes)
+    raise_problems([dataclasses.replace(each, origin=loaded.origin(each.subject)) for each in problems])
+
+
+def _claim_problems(wanted: Mapping[str, str], found: Mapping[str, Node], nodes: int) -> list[Problem]:
+    problems: list[Problem] = []
+    for subject, name in wanted.items():
+        if name not in found:
+            rule = "there is no such claim in this namespace"
+            fix = "make it, or name another; kubernetes.checkpoint_size_gib makes that of the run folder"
+            problems.append(Problem(ExitCode.CONFIG, subject, rule, fix, name))
+            continue
+        modes = {*found[name].get("spec", {}).get("accessModes", [])}
+        if nodes > 1 and modes and not modes - {*SINGLE}:
+            rule = f"{nodes} nodes use it, and its access mode is {', '.join(sorted(modes))}"
+            problems.append(Problem(ExitCode.CONFIG, subject, rule, "a claim with ReadWriteMany, or one node", name))
+    return problems
+
+
+def _remember(kubectl: Kubectl, task: Task, environ: Mapping[str, str], show: Show) -> None:
+    """Record the submission, and say what people do next."""
+    job, kind = task.job, KINDS[task.block.kind]
+    pod, log = kind.pod.format(name=job.name), kind.log.format(name=job.name)
+    ask = kubectl.line("exec", pod, "--", "sft-job", "status")
+    run = RunFolder(Path(job.checkpoint_dir) / "sft")
+    ranks = f"{job.resources.nodes} node(s), {job.ranks_per_node} rank(s) on each"
+    show(f"submitted {task.block.kind} {job.name}: {ranks}")
+    if task.block.queue is not None:
+        show(f"it waits in Kueue's queue {task.block.queue}: {kubectl.line('get', 'workloads')}")
+    elif suspended(task):
+        show(f"it is suspended; start it: {_patch(kubectl, task, 'false')}")
+    show(f"log: {kubectl.line('logs', '--follow', log)}")
+    show(f"run folder: {run.root} on the claim {task.block.checkpoint_claim}")
+    show(f"how it stands: {ask}")
+    try:
+        place = f"the claim {task.block.checkpoint_claim}"
+        record("kubernetes", job.name, run.root, environ=environ, ask=ask, place=place)
+    except JobError as error:  # the job is submitted all the same
+        show(f"(sft-job status {job.name} does not know it: {error})")
+    if task.block.queue is None:
+        show(f"stop it for a while (it saves first): {_patch(kubectl, task, 'true')}")
+    kinds = ",".join((kind.resource, "configmaps", *kind.beside))
+    show(f"stop it for good (it saves first): {kubectl.line('delete', kinds, f'--selector={INSTANCE}={job.name}')}")
+
+
+def _patch(kubectl: Kubectl, task: Task, value: str) -> str:
+    kind = KINDS[task.block.kind]
+    patch = f"--patch='{kind.suspend.format(value)}'"
+    return kubectl.line("patch", kind.resource, task.job.name, "--type=merge", patch)

@@ -1,0 +1,220 @@
+"""The real command with a kubectl that writes down what it got."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sft_job.submissions import find
+
+CANARY = "c0ffee" * 6
+CONFIG = "data: {train_files: /data/train.parquet}\nmodel: {partial_pretrain: /models/base}\n"
+CLAIMS = {
+    "kind": "List",
+    "items": [
+        {"metadata": {"name": "runs"}, "spec": {"accessModes": ["ReadWriteMany"]}},
+        {"metadata": {"name": "data"}, "spec": {"accessModes": ["ReadWriteOnce"]}},
+    ],
+}
+KUBECTL = """#!/bin/bash
+echo "$@" >>"$HOME/said"
+case "$*" in
+  *"get persistentvolumeclaims"*) cat "$HOME/claims" ;;
+  *" get "*|"get "*) cat "$HOME/there" ;;
+  *apply*) cat >"$HOME/applied"; [ ! -e "$HOME/refuse" ] || { cat "$HOME/refuse" >&2; exit 1; }; echo applied ;;
+esac
+"""
+
+
+@pytest.fixture
+def desk(tmp_path: Path):
+    """A folder with job and config, and kubectl on PATH."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "kubectl").write_text(KUBECTL)
+    (tools / "kubectl").chmod(0o755)
+    (tmp_path / "claims").write_text(json.dumps(CLAIMS))
+    (tmp_path / "there").write_text("")
+    (tmp_path / "sft.yaml").write_text(CONFIG)
+    kubernetes = {
+        "namespace": "team",
+        "checkpoint_claim": "runs",
+        "claims": ["data:/data"],
+        "secrets": {"WANDB_API_KEY": "wandb/api-key"},
+    }
+    job = {
+        "name": "mine",
+        "config": "sft.yaml",
+        "image": "example.org/sft-job:1",
+        "checkpoint_dir": "/runs",
+        "secrets": ["WANDB_API_KEY"],
+        "resources": {"memory_gib": 8},
+        "kubernetes": kubernetes,
+        "slurm": {"partition": "batch"},
+    }
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+
+    def run(*arguments: str, verb: str = "submit kubernetes job.yaml", **more: str):
+        environ = {"PATH": f"{tools}:/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+        return subprocess.run(
+            [sys.executable, "-X", "importtime", "-m", "sft_job.cli", *verb.split(), *arguments],
+            cwd=tmp_path,
+            env={**environ, "WANDB_API_KEY": CANARY} | more,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
+
+
+def words(done: subprocess.CompletedProcess[str]) -> str:
+    """Standard error without the imports."""
+    return "\n".join(line for line in done.stderr.splitlines() if not line.startswith("import time:"))
+
+
+def test_applied_and_shown(desk, tmp_path: Path) -> None:
+    done = desk()
+    assert done.returncode == 0, words(done)
+    kubectl = "kubectl --namespace=team"
+    patch = """--type=merge --patch='{"spec":{"runPolicy":{"suspend":true}}}'"""
+    assert done.stdout.splitlines() == [
+        "only the pods can tell: sft.yaml:2: model.partial_pretrain: there is no such folder",
+        "not counted on Kubernetes: retries.without_checkpoint; starts that come no further end with 86",
+        "not counted by this operator after exit codes: retries.losses; starts that come no further end with 86",
+        "applied",
+        "submitted pytorchjob mine: 1 node(s), 1 rank(s) on each",
+        f"log: {kubectl} logs --follow pod/mine-master-0",
+        "run folder: /runs/sft on the claim runs",
+        f"how it stands: {kubectl} exec pod/mine-master-0 -- sft-job status",
+        f"stop it for a while (it saves first): {kubectl} patch pytorchjobs.kubeflow.org mine {patch}",
+        f"stop it for good (it saves first): {kubectl} delete pytorchjobs.kubeflow.org,configmaps "
+        "--selector=app.kubernetes.io/instance=mine",
+    ]
+    assert (tmp_path / "said").read_text().splitlines()[-1] == (
+        "--namespace=team apply --server-side --field-manager=sft-job --validate=strict --filename=-"
+    )
+    config, job = yaml.safe_load_all((tmp_path / "applied").read_text())
+    assert config["data"] == {"sft.yaml": CONFIG}
+    assert job["metadata"]["namespace"] == "team"
+
+
+def test_a_dry_run_is_a_manifest_and_needs_no_kubectl(desk, tmp_path: Path) -> None:
+    (tmp_path / "tools" / "kubectl").unlink()
+    done = desk("--kind", "job", "--dry-run", "optim.lr=1e-5")
+    assert done.returncode == 0, words(done)
+    assert done.stdout.startswith("# only the pods can tell: ")
+    config, service, job = yaml.safe_load_all(done.stdout)
+    assert [each["kind"] for each in (config, service, job)] == ["ConfigMap", "Service", "Job"]
+    assert job["spec"]["template"]["spec"]["containers"][0]["args"] == [
+        "train",
+        "/etc/sft_job/sft.yaml",
+        "optim.lr=1e-5",
+    ]
+    assert not (tmp_path / ".local").exists()
+    if not any(Path(each, "kubectl").exists() for each in ("/usr/bin", "/bin")):
+        assert "kubectl is not on PATH" in words(desk())
+
+
+def test_the_job_is_known_by_its_name(desk, tmp_path: Path) -> None:
+    assert desk().returncode == 0
+    known = find("kubernetes:mine", {"HOME": str(tmp_path)})
+    assert (known.run, known.place) == ("/runs/sft", "the claim runs")
+    shown = desk(verb="status mine").stdout
+    assert "its run folder is not seen from here: it lies on the claim runs" in shown
+    assert "kubectl --namespace=team exec pod/mine-master-0 -- sft-job status" in shown
+
+
+def test_submitting_imports_no_torch(desk) -> None:
+    done = desk("--dry-run")
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "import time:" in line}
+    assert "deploy.kubernetes.submit" in imported
+    heavy = ("torch", "transformers", "pyarrow", "numpy", "submitit", "kubernetes")
+    assert not {name for name in imported if name.partition(".")[0] in heavy}
+
+
+@pytest.mark.parametrize("kind", ["pytorchjob", "trainjob", "job"])
+def test_no_secret_in_what_is_applied_or_said(desk, tmp_path: Path, kind: str) -> None:
+    done = desk("--kind", kind)
+    assert done.returncode == 0
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in files if CANARY.encode() in path.read_bytes()]
+    assert CANARY not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments", "subject"),
+    [
+        (f"{CONFIG}trainer: {{project_name: {CANARY}}}\n", [], "config"),
+        (CONFIG, ["trainer.project_name=${oc.env:WANDB_API_KEY}"], "overrides[0]"),
+        (CONFIG, ["environment.NOTE=${oc.env:WANDB_API_KEY}"], "environment.NOTE"),
+        (CONFIG, ["kubernetes.annotations.note=${oc.env:WANDB_API_KEY}"], "kubernetes.annotations.note"),
+        (CONFIG, ["kubernetes.secrets.WANDB_API_KEY=${oc.env:WANDB_API_KEY}"], "kubernetes.secrets.WANDB_API_KEY"),
+    ],
+)
+def test_a_secret_has_no_way_into_a_manifest(desk, tmp_path, config: str, arguments: list[str], subject: str) -> None:
+    (tmp_path / "sft.yaml").write_text(config)
+    if subject == "overrides[0]":  # a job file's own list resolves; a word of the run is for the run to resolve
+        arguments = [f'overrides=["{arguments[0]}"]']
+    done = desk("--dry-run", *arguments)
+    assert done.returncode == 2
+    assert subject in words(done)
+    assert CANARY not in done.stdout + done.stderr
+
+
+def test_errors_of_the_run_s_settings_are_found_here(desk, tmp_path: Path) -> None:
+    (tmp_path / "sft.yaml").write_text(f"{CONFIG}optim: {{lrr: 1}}\n")
+    done = desk("ulysses_sequence_parallel_size=3", "resources.nodes=2", "kubernetes.checkpoint_acess=x")
+    assert done.returncode == 2
+    assert "did you mean kubernetes.checkpoint_access?" in words(done)
+    said = words(desk("ulysses_sequence_parallel_size=3", "resources.nodes=2"))
+    assert "sft.yaml:3: optim.lrr" in said
+    assert "ulysses_sequence_parallel_size = 3" in said
+    assert not (tmp_path / "applied").exists()
+    (tmp_path / "sft.yaml").unlink()
+    assert "config = 'sft.yaml'\n    there is no such file" in words(desk())
+
+
+def test_a_name_that_is_taken(desk, tmp_path: Path) -> None:
+    (tmp_path / "there").write_text("pytorchjob.kubeflow.org/mine\n")
+    done = desk()
+    assert done.returncode == 2
+    assert "name = 'mine'\n    the cluster has a job of this name" in words(done)
+    assert "kubectl --namespace=team delete pytorchjobs.kubeflow.org mine" in words(done)
+    assert not (tmp_path / "applied").exists()
+
+
+def test_claims_that_are_not_there_or_cannot_be_shared(desk, tmp_path: Path) -> None:
+    done = desk("resources.nodes=2")
+    assert done.returncode == 2
+    assert "job.yaml" in words(done)
+    assert "2 nodes use it, and its access mode is ReadWriteOnce" in words(done)
+    (tmp_path / "claims").write_text("")
+    assert words(desk()).count("there is no such claim in this namespace") == 2
+    assert words(desk("kubernetes.checkpoint_size_gib=1")).count("there is no such claim in this namespace") == 1
+    assert not (tmp_path / "applied").exists()
+
+
+def test_what_the_server_says_is_shown(desk, tmp_path: Path) -> None:
+    (tmp_path / "refuse").write_text('strict decoding error: unknown field "spec.foo"\n')
+    done = desk()
+    assert done.returncode == 2
+    assert words(done) == 'kubectl apply failed:\n    strict decoding error: unknown field "spec.foo"'
+    assert not (tmp_path / ".local").exists()
+
+
+def test_a_cluster_without_the_operator(desk, tmp_path: Path) -> None:
+    tool = tmp_path / "tools" / "kubectl"
+    tool.write_text(
+        '#!/bin/bash\necho "error: the server doesn\'t have a resource type \\"pytorchjobs\\"" >&2; exit 1\n'
+    )
+    assert words(desk()) == (
+        "the cluster has no pytorchjobs.kubeflow.org\n"
+        "    fix: install Kubeflow's training operator (v1.9), or --kind job, which needs no operator"
+    )
