@@ -49,9 +49,10 @@ class Blocks:
         self.store = store
         """Where inputs wait in a plan with ``offload``."""
         self._mlps = [dense_mlp(block) for block in self._blocks]
+        self._mlp_classes: list[Any] = [type(mlp) for mlp in self._mlps]
         self._tiles = [0 if mlp is None else tile_tokens(mlp, tile_elements) for mlp in self._mlps]
         self._widths = [0 if mlp is None else widest(mlp) for mlp in self._mlps]
-        self._tiled: dict[tuple[Any, int], Any] = {}
+        self._tiled: dict[tuple[type[nn.Module], int], type[nn.Module]] = {}
         self._plain: list[BlockForward] = [type(block).forward for block in self._blocks]
         self._ops = backend.saved
         self._rng = any(draws_random_numbers(block) for block in self._blocks)
@@ -93,17 +94,20 @@ class Blocks:
         return inputs + 7 * max(wide) * element_bytes
 
     def _tile(self, *, on: bool) -> None:
-        """Let MLPs work in pieces, or as they are: on the module, so that its parameters keep their names."""
-        for mlp, tokens in zip(self._mlps, self._tiles, strict=True):
+        """Let MLPs work in pieces, or as they are.
+
+        By their class, so that parameters keep their names and torch.compile sees that all blocks are alike: what hangs
+        on a module makes it compile for each one anew.
+        """
+        for mlp, kind, tokens in zip(self._mlps, self._mlp_classes, self._tiles, strict=True):
             if mlp is None:
                 continue
-            vars(mlp).pop("forward", None)
-            if on:
-                key = (type(mlp).forward, tokens)
-                if key not in self._tiled:
-                    plain = maybe_compiled(key[0], self._compiled, self._compiler)
-                    self._tiled[key] = tiled(key[0], plain, tokens)
-                vars(mlp)["forward"] = partial(self._tiled[key], mlp)
+            key = (kind, tokens)
+            if on and key not in self._tiled:
+                piecewise = maybe_compiled(kind.forward, self._compiled, self._compiler)
+                forward = tiled(kind.forward, piecewise, tokens)
+                self._tiled[key] = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+            mlp.__class__ = self._tiled[key] if on else kind
 
     @contextmanager
     def watched(self, allocated: Callable[[], int]) -> Generator[list[int]]:

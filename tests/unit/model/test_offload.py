@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from sft_job.contract import ExitCode
@@ -158,11 +159,16 @@ def test_compiled_blocks_with_mlps_in_pieces() -> None:
     torch._dynamo.reset()
     module = model(offload_plan(LAYERS, 4), late_store(), compiled=True, tile_elements=1)
     wanted = gradients(model([FULL] * LAYERS), pack(20), pack(600))
-    for _ in range(2):
+    graphs = []
+    for _ in range(3):
+        counters.clear()
         found = gradients(module, pack(20), pack(600))
+        graphs.append(counters["stats"]["unique_graphs"])
         assert found[0] == pytest.approx(wanted[0], rel=1e-13)
         for name, grad in wanted[1].items():
             assert torch.allclose(found[1][name], grad, rtol=1e-9, atol=1e-12), name
+    assert graphs[0] > 0
+    assert graphs[2] == 0, graphs
     torch._dynamo.reset()
 
 
@@ -324,3 +330,17 @@ def test_what_an_input_takes() -> None:
     assert host_bytes(1) == PAGE_BYTES
     assert host_bytes(PAGE_BYTES) == PAGE_BYTES
     assert host_bytes(524_288 * 3584 * 2) == 112 * PAGE_BYTES == 3.5 * 2**30
+
+
+def test_blocks_share_their_graphs() -> None:
+    """Neither a block more nor the hooks around each, nor a third number of tokens, compiles anything."""
+    torch._dynamo.reset()
+    module = model(offload_plan(LAYERS, 4), late_store(), backend=TRACED, compiled=True)
+    graphs = []
+    for batch in (pack(9, 1, 4), pack(30), pack(3, 3), pack(41)):
+        counters.clear()
+        gradients(module, batch)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert 0 < graphs[0] <= 2, "the block, and the loss"
+    assert graphs[2:] == [0, 0]
+    torch._dynamo.reset()
