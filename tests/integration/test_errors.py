@@ -183,6 +183,7 @@ def test_an_unsupported_architecture(job, inputs, tmp_path) -> None:
     assert not list(job.run.glob("cache/train-*"))
 
 
+@pytest.mark.slow
 def test_nobody_reads_the_screen(job) -> None:
     """`sft-job train | head -1`: the run goes on."""
     import shlex
@@ -199,6 +200,7 @@ def test_nobody_reads_the_screen(job) -> None:
     assert (job.run / "checkpoints" / "final").exists(), result.stderr
 
 
+@pytest.mark.slow
 def test_check_says_what_train_would_say_of_the_run_folder(job) -> None:
     assert job().returncode == 0
     for verb in ("train", "check"):

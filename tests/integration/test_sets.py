@@ -13,6 +13,7 @@ from sft_job.opening import examined
 from tests.integration.conftest import SEED_YAML
 
 
+@pytest.mark.slow
 def test_sets_from_check_to_metrics(job, tmp_path) -> None:
     other = tmp_path / "other.parquet"
     pq.write_table(pa.table({"task": ["one two", "three", "four"], "response": ["a b", "c", "d e f"]}), other)

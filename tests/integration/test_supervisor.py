@@ -49,6 +49,7 @@ def signal_all(pid: int, number: signal.Signals) -> None:
             continue
 
 
+@pytest.mark.slow
 def test_a_frozen_rank_ends_the_others_and_leaves_stacks(job) -> None:
     process = job.start(LONG, "trainer.timeout_seconds=8", NPROC_PER_NODE="2")
     try:
@@ -71,6 +72,7 @@ def test_a_frozen_rank_ends_the_others_and_leaves_stacks(job) -> None:
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
 
 
+@pytest.mark.slow
 def test_a_killed_supervisor_leaves_nothing(job, tmp_path) -> None:
     """Neither the settings, which may hold secrets, nor the folder in which it met its ranks."""
     temporary = tmp_path / "tmp"
@@ -88,6 +90,7 @@ def test_a_killed_supervisor_leaves_nothing(job, tmp_path) -> None:
     assert not list(temporary.glob("sft_job_*"))
 
 
+@pytest.mark.slow
 def test_every_process_signalled_twice_saves_once_and_leaves_nothing(job, tmp_path) -> None:
     """Ranks that have started processes of their own, one of them deaf; stacks on request; TERM, then USR1 to all."""
     (tmp_path / "my_lib.py").write_text(
@@ -123,6 +126,7 @@ def test_every_process_signalled_twice_saves_once_and_leaves_nothing(job, tmp_pa
     assert not (job.run / "logs" / ".lock").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_run_and_faults_of_settings_need_no_writable_folder(job) -> None:
     """Here the folder for logs is a file, as nothing is read-only for root."""
     short = "trainer.total_training_steps=1"
@@ -180,6 +184,7 @@ def test_every_process_signalled_while_tokenising(job) -> None:
     assert "nothing to save" in error
 
 
+@pytest.mark.slow
 def test_a_deadline_saves_in_time(job) -> None:
     """On a slow machine the time may be too short for a first step: then nothing is begun."""
     result = job(LONG, "trainer.max_wall_seconds=25")
@@ -190,6 +195,7 @@ def test_a_deadline_saves_in_time(job) -> None:
     assert ("stopped while there was time to save" in result.stderr) == (record["step"] > 0)
 
 
+@pytest.mark.slow
 def test_starts_that_come_no_further_end_with_86(job) -> None:
     """Here each start fails because its port is taken."""
     twice = "trainer.max_starts_without_progress=2"
@@ -208,6 +214,7 @@ def test_starts_that_come_no_further_end_with_86(job) -> None:
     assert [restart["cause"] for restart in outcome(job)["restarts"]] == ["lost"] * 2
 
 
+@pytest.mark.slow
 def test_a_run_that_lost_its_folder_ends_and_writes_nothing(job) -> None:
     process = job.start(LONG, NPROC_PER_NODE="2")
     try:

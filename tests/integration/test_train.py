@@ -265,6 +265,7 @@ def test_a_killed_supervisor_takes_its_ranks_along(job) -> None:
     assert [restart["cause"] for restart in outcome(job)["restarts"]] == ["lost"]
 
 
+@pytest.mark.slow
 def test_a_full_disk(job) -> None:
     """Files larger than the shell's limit cannot be written: 73, and the message says which step."""
     import shlex
@@ -331,6 +332,7 @@ def test_a_second_place_for_checkpoints(job) -> None:
     assert (job.root / "store" / "latest").read_text() == "global_step_3"
 
 
+@pytest.mark.slow
 def test_external_lib_and_shared_memory(job, tmp_path) -> None:
     (tmp_path / "my_lib.py").write_text("import pathlib; pathlib.Path(__file__).with_suffix('.seen').touch()")
     shared = ["model.use_shm=true", "data.use_shm=true", "trainer.total_training_steps=1"]
@@ -388,6 +390,7 @@ def test_unwritable_run_folder(job) -> None:
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_conversations(job: Job) -> None:
     """Rows of messages with tools, from the parquet file to a model, on two ranks."""
     call = {"type": "function", "function": {"name": "neighbours", "arguments": '{"node": 3}'}}

@@ -109,6 +109,7 @@ def test_backends_that_cannot_be_traced(backend, compiled) -> None:
 @pytest.mark.parametrize(("backend", "plan"), [
     (TRACED, (ATTENTION, FULL)), pytest.param(SDPA, (FULL, NONE), marks=pytest.mark.slow),
 ])  # fmt: skip
+@pytest.mark.slow
 def test_sixty_packs_of_mixed_lengths_compile_within_the_first_ten(backend, plan) -> None:
     """Packs of one token and of none that is trained among them, which torch takes for cases of their own."""
     module, plain = model(backend, compiled=True, plan=plan), model(SDPA)
