@@ -12,6 +12,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from sft_job.lock import this_process
 from tests.integration.conftest import end
 from tests.integration.test_train import children_of, gone, metrics, outcome, wait_for_step
