@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import yaml
 REPOSITORY = Path(__file__).parents[2]
 OF_CUSTOM_RESOURCES = ("kubeflow.org/v1", "trainer.kubeflow.org/v1alpha1", "jobset.x-k8s.io/v1alpha2")
 _OLDEST_KUBECTL = (1, 27)
+_SERVED_SECONDS = 60.0
 
 
 class NoServerError(Exception):
@@ -62,8 +64,14 @@ class Server:
 
     def define(self) -> None:
         """Make the custom resources known; their definitions lie beside the scripts."""
-        done = self.ask("apply", "--server-side", f"--filename={tools().parent / 'crds'}")
+        done = self.ask("apply", "--server-side", "--output=name", f"--filename={tools().parent / 'crds'}")
         assert done.returncode == 0, done.stderr
+        wanted = {line.partition("/")[2] for line in done.stdout.split()}
+        # The server serves them a moment after it has taken them, and says so a moment later.
+        deadline = time.monotonic() + _SERVED_SECONDS
+        while not wanted <= set(self.ask("api-resources", "--cached=false", "--output=name").stdout.split()):
+            assert time.monotonic() < deadline, f"the server does not serve all of {sorted(wanted)}"
+            time.sleep(0.2)
 
     def ask(self, *arguments: str, given: str | None = None) -> subprocess.CompletedProcess[str]:
         """What kubectl says."""
