@@ -122,6 +122,7 @@ def test_values_reach_no_shell() -> None:
         ({"setup": ["# a note", "export X='a b'", "true && test \"$X\" = 'a b'"]}, ""),
         ({"setup": ["true", "false && true 'x'", "touch later"]}, "exit code 1: false && true 'x'"),
         ({"setup": ["cd nowhere", "touch later"]}, "exit code 1: cd nowhere"),
+        ({"setup": ["trap 'exit 0' EXIT TERM", "true"]}, ""),
         ({"modules": ["cuda/12.8"], "setup": ["touch later"]}, "exit code 127: module load cuda/12.8"),
         ({}, ""),
     ],
