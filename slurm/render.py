@@ -29,6 +29,9 @@ _PREFLIGHT_TIME = "10"
 # until the task listens.
 _STARTER = 'trap "" USR1 USR2; exec "$0" "$@"'
 
+_OF_A_JOB = ("SBATCH_", "SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")
+_OF_THE_CLUSTER = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
+"""By which every command of Slurm finds the controller, and is let in."""
 _SIGNALS = "HUP INT QUIT USR1 USR2 PIPE ALRM TERM STKFLT XCPU XFSZ VTALRM PROF IO PWR"
 """All that would end the batch script while its srun lives, but KILL and errors of the script itself."""
 _LOOK = (
@@ -70,10 +73,10 @@ class Executor(SlurmExecutor):
 def left_out(environ: Mapping[str, str]) -> list[str]:
     """Variables that must not reach sbatch.
 
-    sbatch takes ``SBATCH_*`` before what the script says; ``SLURM_TIME_FORMAT`` would reach the job, which reads the
-    times that scontrol writes.
+    sbatch takes ``SBATCH_*`` before what the script says, srun ``SLURM_*`` and ``SRUN_*``; a job that submits has those
+    of its own, from which the new one would take its id and its restarts.
     """
-    return sorted(name for name in environ if name.startswith("SBATCH_") or name == "SLURM_TIME_FORMAT")
+    return sorted(name for name in environ if name.startswith(_OF_A_JOB) and name not in _OF_THE_CLUSTER)
 
 
 def make_executor(job: JobFile, slurm: SlurmSettings, plan: Plan, without: Iterable[str] = ()) -> Executor:
