@@ -27,7 +27,8 @@ test-slow: $(VENV)/.ready ## Run the slow tests: benchmarks, chaos, and long run
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --numprocesses 2 --dist loadfile
 
 test-cluster: $(VENV)/.ready ## Run jobs on a real Slurm, started for it, and disturb them (root; SFT_JOB_TEST_TOOLS names its scripts)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m cluster --numprocesses 3 --dist load --maxschedchunk 1 --timeout 900 -rs tests/cluster
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'cluster and alone' --numprocesses 0 --timeout 900 -rs tests/cluster
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'cluster and not alone' --numprocesses 3 --dist load --maxschedchunk 1 --timeout 900 -rs tests/cluster
 
 chaos: $(VENV)/.ready ## Kill runs (KILLS=200 SEED=1) and compare each with one that nobody touched; ONLY=k repeats one
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --kills $(KILLS) --seed $(SEED) $(if $(ONLY),--only $(ONLY))

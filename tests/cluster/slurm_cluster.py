@@ -133,6 +133,7 @@ class SlurmRun:
         slurm |= given.pop("slurm", {})
         job["resources"] |= given.pop("resources", {})
         job |= {**given, "slurm": slurm}
+        job["environment"] = {"TEST_LEDGER": str(self.root), **job["environment"]}
         self.root.mkdir(exist_ok=True, parents=True)
         path = self.root / "job.yaml"
         path.write_text(yaml.safe_dump(job))
@@ -202,6 +203,21 @@ class SlurmRun:
         path = self.root / "slurm" / f"{self.job_id}_restarts.json"
         return json.loads(path.read_text())["counts"] if path.exists() else {}
 
+    def judged_by(self, start: int) -> str:
+        """Who queued the job again after a start: its task on node 0, its batch script, or Slurm by itself."""
+        if f"start {start} of job {self.job_id}" in self.log() and "again already" in self.log():
+            return "slurm"
+        found = re.findall(
+            rf"slurm: start {start} of job {self.job_id}, (.+?): .*: queued again$", self.log(), re.MULTILINE
+        )
+        assert len(found) <= 1, found
+        return {"batch script": "script", "node 0": "task"}[found[0]] if found else "slurm"
+
+    def ends(self) -> list[str]:
+        """How each start ended, as Slurm's accounts say."""
+        asked = self.cluster.ask("sacct", "--duplicates", "-X", "-n", "-P", "-o", "State", "-j", self.job_id)
+        return asked.splitlines()
+
     def outcome(self) -> dict[str, Any]:
         return json.loads((self.run / "logs" / "outcome.json").read_text())
 
@@ -242,6 +258,7 @@ def run_alone(inputs: Path, root: Path, ranks: int) -> None:
     root.mkdir(parents=True)
     environ = {name: each for name, each in os.environ.items() if not name.startswith(("SLURM_", "PET_"))}
     environ |= {"CHECKPOINT_DIR": str(root), "NPROC_PER_NODE": str(ranks), "OMP_NUM_THREADS": "1"}
+    environ["TEST_LEDGER"] = str(root)
     environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), *filter(None, [environ.get("PYTHONPATH")])])
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
