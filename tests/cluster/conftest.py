@@ -12,7 +12,7 @@ import pytest
 from filelock import FileLock
 
 from tests.chaos.oracle import Evidence, gather
-from tests.cluster.slurm_cluster import GROUP_NODES, GROUPS, Cluster, NoClusterError, SlurmRun, run_alone
+from tests.cluster.slurm_cluster import GROUP_NODES, GROUPS, Cluster, NoClusterError, SlurmRun, run_alone, run_overrides
 from tests.tiny import save_model, write_rows
 
 REQUIRED = "SFT_JOB_CLUSTER_REQUIRED"
@@ -66,7 +66,7 @@ def undisturbed(shared: Path, inputs: Path) -> Callable[[int], Evidence]:
         root = shared / f"alone-{ranks}"
         with FileLock(shared / f"alone-{ranks}.lock"):
             if not root.exists():
-                run_alone(inputs, root, ranks)
+                run_alone(root, ranks, run_overrides(inputs))
         return evidence_of(root)
 
     return evidence

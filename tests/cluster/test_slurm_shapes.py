@@ -11,7 +11,7 @@ import yaml
 
 from tests.chaos.oracle import Evidence, differences
 from tests.cluster.conftest import evidence_of
-from tests.cluster.slurm_cluster import GRACE, STEPS, SlurmRun
+from tests.cluster.slurm_cluster import DEMO_YAML, GRACE, STEPS, SlurmRun, demo_overrides, run_alone
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -46,6 +46,18 @@ def test_two_nodes_leave_what_one_machine_leaves(
     settings = yaml.safe_load((run.run / "logs" / "config.yaml").read_text())
     assert settings["trainer"]["experiment_name"] == odd
     assert odd.split()[1].rstrip(")") in run.cluster.ask("scontrol", "show", "job", run.job_id)
+
+
+def test_the_demo_on_two_nodes(slurm_run: Callable[..., SlurmRun], tmp_path: Path) -> None:
+    """The repository's own config: both ranks share every sequence, over the network here."""
+    base = demo_overrides(tmp_path / "demo")
+    run_alone(tmp_path / "one", 2, base, DEMO_YAML)
+    run = slurm_run(config=DEMO_YAML, base=base)
+    run.submit()
+    assert run.wait_end() == "COMPLETED"
+    alone = evidence_of(tmp_path / "one")
+    assert differences(alone, evidence_of(run.root), exact=True) == []
+    assert run.outcome()["weights_sha256"] == alone.weights[0]
 
 
 @pytest.mark.parametrize("name", ["one\ntouch /tmp/x", "$(touch /tmp/x)", "a'b", 'a"b', "--wrap=x", ""])
