@@ -103,9 +103,11 @@ def test_a_scancel_between_our_look_and_our_request(slurm) -> None:
 def test_a_scancel_between_two_tries(slurm, tmp_path: Path) -> None:
     controller = slurm(job_line(), later=job_line("COMPLETING", end="2026-11-23T15:30:10"))
     tool = tmp_path / "scontrol"
-    tool.write_text(tool.read_text().replace("cd ", '[ "$1" = show ] || { echo requeue >> asked; exit 1; }\ncd ', 1))
+    refused = f'[ "$1" = show ] || {{ echo requeue >> {tmp_path}/asked; exit 1; }}\ncd '
+    tool.write_text(tool.read_text().replace("cd ", refused, 1))
     assert not queue_again("12", 0, lambda text: None, pauses=(0, 0))
-    assert "requeue 12" not in controller.asked()
+    show = "show job --oneliner 12"
+    assert controller.asked() == [show, "requeue", show]
 
 
 def test_a_time_limit_is_undone(slurm) -> None:
