@@ -29,7 +29,8 @@ test-slow: $(VENV)/.ready ## Run the slow tests: benchmarks, chaos, and long run
 # Slurm's jobs are struck at moments that a build beside them would move, and one engine is enough: one after the other.
 test-cluster: $(VENV)/.ready ## Run jobs on a real Slurm and in a real Docker, started for it, and disturb them; show manifests to a real API server (root; SFT_JOB_TEST_TOOLS names the scripts)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m cluster --numprocesses 2 --timeout 600 -rs tests/cluster/test_kube_manifests.py
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m cluster --numprocesses 3 --dist load --maxschedchunk 1 --timeout 900 -rs tests/cluster/test_slurm_*.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'cluster and alone' --numprocesses 0 --timeout 900 -rs tests/cluster/test_slurm_*.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'cluster and not alone' --numprocesses 3 --dist load --maxschedchunk 1 --timeout 900 -rs tests/cluster/test_slurm_*.py
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m cluster --numprocesses 0 --timeout 900 -rs tests/cluster/test_docker_*.py
 
 chaos: $(VENV)/.ready ## Kill runs (KILLS=200 SEED=1) and compare each with one that nobody touched; ONLY=k repeats one

@@ -50,11 +50,12 @@ def read_allocation(environ: Mapping[str, str]) -> Allocation:
         start=int(environ.get("SLURM_RESTART_COUNT") or 0),
         node=here.global_rank,
         hosts=tuple(here.hostnames),
-        end_time=_end_time(environ, here.raw_job_id),
+        end_time=end_time_of(environ, here.raw_job_id),
     )
 
 
-def _end_time(environ: Mapping[str, str], job_id: str) -> float | None:
+def end_time_of(environ: Mapping[str, str], job_id: str) -> float | None:
+    """Unix time at which Slurm ends this start; None = never, or unknown."""
     given = environ.get("SLURM_JOB_END_TIME", "")  # since Slurm 23.02
     if given.isdecimal():
         return float(given)

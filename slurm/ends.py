@@ -15,8 +15,8 @@ _NOTICE_SECONDS = 45.0
 """How long this node's ranks may take to notice by themselves that another node's have failed, or that all is done."""
 _LEAVE_SECONDS = 30.0
 """From the signal that ends them to the kill."""
-BEGUN, SETTLED = "begun", "settled"
-"""Beside the ends, for the batch script: node 0's task runs, and it has judged."""
+SETTLED = "settled"
+"""Beside the ends, for the batch script: node 0's task has judged."""
 _NAME = re.compile(r"(\d+)_(\d+)")
 
 
@@ -38,10 +38,6 @@ class Ends:
     def put(self, node: int, code: int) -> None:
         """Say how a node's process ended; where that cannot be written the others go without it."""
         self._put(f"{node}_{code}")
-
-    def begin(self) -> None:
-        """Say that node 0's task runs: from here on the end of this start is its to judge."""
-        self._put(BEGUN)
 
     def settle(self, code: int) -> None:
         """Say that it is judged what becomes of the job, and with which exit code the batch script is to end."""

@@ -18,9 +18,10 @@ from submitit import SlurmExecutor
 from sft_job.contract import ExitCode
 from sft_job.jobfile.schema import JobFile
 from sft_job.jobfile.validate import seconds_of
-from slurm.ends import BEGUN, SETTLED
+from slurm.ends import SETTLED
 from slurm.listener import WARNING
 from slurm.plan import ONLY_PREFLIGHT, Plan
+from slurm.requeue import SRUN_FAILED
 from slurm.settings import LEAVE_SECONDS, SlurmSettings
 
 _PREFLIGHT_TIME = "10"
@@ -28,10 +29,18 @@ _PREFLIGHT_TIME = "10"
 # until the task listens.
 _STARTER = 'trap "" USR1 USR2; exec "$0" "$@"'
 
+_OF_A_JOB = ("SBATCH_", "SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")
+_OF_THE_CLUSTER = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
+"""By which every command of Slurm finds the controller, and is let in."""
+_SIGNALS = "HUP INT QUIT USR1 USR2 PIPE ALRM TERM STKFLT XCPU XFSZ VTALRM PROF IO PWR"
+"""All that would end the batch script while its srun lives, but KILL and errors of the script itself."""
 _LOOK = (
-    r'sft_job_look() { [ "$1" -eq 0 ] || { printf "slurm: this line failed with exit code %d: %s\n'
+    r'sft_job_look() { [ "$1" -eq 0 ] && return; '
+    r'if [ "$1" -ge 128 ]; then printf "slurm: a signal ended this line (exit code %d): %s\n" "$1" "$2" >&2; '
+    f"sft_job_end {int(ExitCode.STOPPED)}; fi; "
+    r'printf "slurm: this line failed with exit code %d: %s\n'
     r'    fix: correct slurm.modules or slurm.setup in the job file\n" "$1" "$2" >&2; '
-    f"exit {int(ExitCode.CONFIG)}; }}; }}"
+    f"exit {int(ExitCode.CONFIG)}; }}"
 )
 
 
@@ -64,10 +73,10 @@ class Executor(SlurmExecutor):
 def left_out(environ: Mapping[str, str]) -> list[str]:
     """Variables that must not reach sbatch.
 
-    sbatch takes ``SBATCH_*`` before what the script says; ``SLURM_TIME_FORMAT`` would reach the job, which reads the
-    times that scontrol writes.
+    sbatch takes ``SBATCH_*`` before what the script says, srun ``SLURM_*`` and ``SRUN_*``; a job that submits has those
+    of its own, from which the new one would take its id and its restarts.
     """
-    return sorted(name for name in environ if name.startswith("SBATCH_") or name == "SLURM_TIME_FORMAT")
+    return sorted(name for name in environ if name.startswith(_OF_A_JOB) and name not in _OF_THE_CLUSTER)
 
 
 def make_executor(job: JobFile, slurm: SlurmSettings, plan: Plan, without: Iterable[str] = ()) -> Executor:
@@ -109,9 +118,11 @@ def parameters(job: JobFile, slurm: SlurmSettings, plan: Plan) -> dict[str, Any]
         "stderr_to_stdout": True,
         "srun_args": srun,
         "setup": [
-            *_last_word(plan),
+            *_ends(plan),
             *_setup([f"module load {' '.join(slurm.modules)}"] * bool(slurm.modules) + slurm.setup),
+            f"export SLURM_EXIT_ERROR={SRUN_FAILED}",
         ],
+        "teardown": ['sft_job_end "$?"'],
         "wckey": None,
         "additional_parameters": _more(job, slurm, plan),
     }
@@ -123,26 +134,31 @@ def parameters(job: JobFile, slurm: SlurmSettings, plan: Plan) -> dict[str, Any]
     return found
 
 
-def _last_word(plan: Plan) -> list[str]:
-    """What the batch script does at its end, in case that srun ends with the task that was to judge it."""
-    ends = f"{shlex.quote(plan.folder)}/${{SLURM_JOB_ID}}_ends/${{SLURM_RESTART_COUNT:-0}}"
+def _ends(plan: Plan) -> list[str]:
+    """What the batch script does when srun has ended: the task has judged the end, or did not live to do so.
+
+    Plain lines, and no trap on EXIT: that one is the set-up lines'.
+    """
+    settled = f"{shlex.quote(plan.folder)}/${{SLURM_JOB_ID}}_ends/${{SLURM_RESTART_COUNT:-0}}/{SETTLED}"
     ask = shlex.join([plan.python, "-P", "-m", "slurm.last", plan.folder])
     return [
         "sft_job_end() {",
-        f"  code=$? ends={ends}",
-        f'  if [ -s "$ends/{SETTLED}" ]; then code=$(<"$ends/{SETTLED}")',
-        f'  elif [ -e "$ends/{BEGUN}" ]; then {ask}; code=$?; fi',
+        f'  local code="$1" settled={settled}',
+        # While Slurm queues the job again it sends TERM; what is ignored stays so in Python.
+        f'  [ "$code" -eq 0 ] || [ -s "$settled" ] || ( trap "" {_SIGNALS}; exec {ask} "$code" )',
+        '  if [ -s "$settled" ]; then code=$(<"$settled")',
+        '  elif [ "$code" -ne 0 ]; then echo "slurm: nobody could judge how this start ended" >&2; fi',
         '  exit "$code"',
         "}",
-        "trap sft_job_end EXIT",
-        "trap : TERM  # srun has it too; what it leaves is looked at when it has ended",
+        f"trap : {_SIGNALS}  # srun has them too; what it leaves is looked at when it has ended",
     ]
 
 
 def _setup(lines: Sequence[str]) -> list[str]:
     """The lines, each followed by a look at its exit code: after one that fails, nothing would be as it should be."""
     checked = [text for line in lines for text in (line, f'sft_job_look "$?" {shlex.quote(line)}')]
-    return [_LOOK, *checked] if checked else []
+    again = ["set +e", f"trap : {_SIGNALS}"]  # whatever the lines have set
+    return [_LOOK, *checked, *again] if checked else []
 
 
 def _time(job: JobFile, plan: Plan) -> str | None:

@@ -18,6 +18,10 @@ _KILLED = 128
 _STOPPING = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2))
 _TIMEOUTS_IN_VAIN = 3
 _KNOWN = frozenset(int(code) for code in ExitCode)
+SRUN_FAILED = 91
+"""With which srun ends where it fails itself (``SLURM_EXIT_ERROR``); its default is that of a bug in a task."""
+# The shell cannot run the command, or does not find it; srun does not know an option.
+_NOBODY_RAN = (126, 127, 255)
 
 
 class Cause(enum.StrEnum):
@@ -76,13 +80,17 @@ class Verdict:
 
     Attributes:
         code: exit code of every node's task.
-        cause: why it is queued again; None where it is not.
+        cause: why it is queued again; None where it is not, or where only Slurm knows.
         why: one line for the log.
+        by_slurm: Slurm has queued it again by itself.
+        late: and it runs again already.
     """
 
     code: int
     cause: Cause | None
     why: str
+    by_slurm: bool = False
+    late: bool = False
 
 
 def code_of(returned: int, asked: Asked) -> int:
@@ -94,6 +102,15 @@ def code_of(returned: int, asked: Asked) -> int:
     if returned < 0 or (returned > _KILLED and returned not in _KNOWN):
         return int(ExitCode.STOPPED if asked.any and number in _STOPPING else ExitCode.LOST)
     return returned
+
+
+def code_of_step(returned: int) -> int:
+    """The exit code by the contract, of an srun whose task on node 0 left no word.
+
+    It is the highest one of a task, or srun's own where the step could not be started or went to pieces.
+    """
+    final = returned in _KNOWN or returned in _NOBODY_RAN
+    return returned if final else int(ExitCode.LOST)
 
 
 def joint_code(ends: Mapping[int, int]) -> int:

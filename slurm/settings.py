@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from sft_job.errors import Problem
 from sft_job.jobfile.schema import JobFile
-from sft_job.jobfile.validate import Checks, check_assignments, seconds_of, text_problems
+from sft_job.jobfile.validate import Checks, check_assignments, check_literals, seconds_of, text_problems
 
 RUNTIMES = ("none", "pyxis", "apptainer", "docker", "podman")
 """What starts the job on a node."""
@@ -141,7 +141,8 @@ class SlurmSettings:
 
 def check_slurm(job: JobFile, slurm: SlurmSettings) -> list[Problem]:
     """Everything that is wrong with the block, alone and with the rest of the job file."""
-    problems = text_problems(slurm, "slurm", frozenset({"slurm.srun_args", "slurm.container_args"}))
+    dashes = frozenset({"slurm.srun_args", "slurm.container_args", "slurm.sbatch"})  # --nice=-5
+    problems = text_problems(slurm, "slurm", dashes)
     check = Checks(problems)
     for name in ("partition", "account", "qos", "nodelist", "exclude", "gres", "gpu_type", "dependency"):
         value = getattr(slurm, name)
@@ -161,8 +162,12 @@ def check_slurm(job: JobFile, slurm: SlurmSettings) -> list[Problem]:
         for at, each in enumerate(getattr(slurm, name)):
             check(each, f"slurm.{name}[{at}]", "must not be empty")
             check_assignments(check, f"slurm.{name}[{at}]", each)
+            check_literals(check, f"slurm.{name}[{at}]", each)
+    export = slurm.sbatch.get("export", "ALL")
+    rule = "takes the secrets, PATH and the rest of your environment from the job"
+    check("ALL" in export.split(","), "slurm.sbatch.export", rule, "leave it out, or begin it with ALL,", export)
     for at, each in enumerate(slurm.srun_args):
-        _check_srun(check, f"slurm.srun_args[{at}]", each)
+        _check_srun(check, f"slurm.srun_args[{at}]", each, slurm.srun_args[at - 1] if at else "")
     for at, each in enumerate(slurm.modules):
         check(_MODULE.fullmatch(each), f"slurm.modules[{at}]", "must be a module's name", value=each)
     for at, line in enumerate(slurm.setup):
@@ -171,6 +176,7 @@ def check_slurm(job: JobFile, slurm: SlurmSettings) -> list[Problem]:
         rule = "must be a whole command: its exit code is looked at"
         check(not line.endswith("\\"), f"slurm.setup[{at}]", rule, "put the lines that belong together into one", line)
         check_assignments(check, f"slurm.setup[{at}]", line)
+        check_literals(check, f"slurm.setup[{at}]", line)
     interface = slurm.network_interface
     rule = "must be the name of an interface, or a list of names"
     check(interface is None or _INTERFACE.fullmatch(interface), "slurm.network_interface", rule, value=interface)
@@ -209,9 +215,16 @@ def _means(name: str, option: str) -> bool:
     return name != "" and option.startswith(name)
 
 
-def _check_srun(check: Checks, subject: str, text: str) -> None:
+def _check_srun(check: Checks, subject: str, text: str, before: str) -> None:
     short = text.startswith("-") and not text.startswith("--")
     check(not short, subject, "must be a long option, or the value of one", "write its long name", text)
+    value = before.startswith("--") and "=" not in before
+    rule = "no option before it takes it as its value: srun would start it in place of the job"
+    check(text.startswith("-") or value, subject, rule, "write --option=value", text)
+    option, _, exported = text.partition("=")
+    rule = "takes the secrets, PATH and the rest of your environment from the job"
+    exports = option == "--export" and "ALL" not in exported.split(",")
+    check(not exports, subject, rule, "leave it out, or write --export=ALL,...", text)
     name = text.removeprefix("--").partition("=")[0]
     undone = next((option for option in _SRUN_FORBIDDEN if text.startswith("--") and _means(name, option)), None)
     rule = f"{undone} is set by the script, or would undo how the job is started"
@@ -221,9 +234,26 @@ def _check_srun(check: Checks, subject: str, text: str) -> None:
 def _check_gpus(job: JobFile, slurm: SlurmSettings, check: Checks) -> None:
     both = slurm.gres is not None and slurm.gpu_type is not None
     check(not both, "slurm.gpu_type", "slurm.gres names the GPUs too", "keep one of the two", slurm.gpu_type)
+    if slurm.gres is not None:
+        asked, gpus = _gpus_in(slurm.gres), job.resources.gpus_per_node
+        rule = f"asks for {asked} GPUs on each node, and resources.gpus_per_node is {gpus}"
+        fix = f"resources.gpus_per_node: {asked}, or another number here" if asked else f"add gpu:{gpus}"
+        check(asked is None or asked == gpus, "slurm.gres", rule, fix, slurm.gres)
     if slurm.gpu_type is not None:
         rule = "resources.gpus_per_node is 0"
         check(job.resources.gpus_per_node, "slurm.gpu_type", rule, "say how many", slurm.gpu_type)
+
+
+def _gpus_in(gres: str) -> int | None:
+    """Whole GPUs that it asks for: ``gpu``, ``gpu:2``, ``gpu:a100:4``, ``gres/gpu=8``; None where it asks for parts."""
+    count = 0
+    for each in gres.split(","):
+        name, *more = re.split("[:=]", each.removeprefix("gres/").removeprefix("gres:"))
+        if name in ("shard", "mps"):
+            return None
+        if name == "gpu":
+            count += int(more[-1]) if more and more[-1].isdecimal() else 1
+    return count
 
 
 def _check_container(job: JobFile, slurm: SlurmSettings, check: Checks) -> None:

@@ -61,7 +61,7 @@ def submit_job(
     plan, copy = _with_run(loaded, plan, environ, show)
     without = left_out(environ)
     if without:
-        show(f"not passed on, because sbatch would take it before what the job file says: {', '.join(without)}")
+        show(f"not passed on, because Slurm would take it before what the job file says: {', '.join(without)}")
     if dry_run:
         show(f"# sbatch script\n{render(job, block, plan)}\n{plan_text(job, plan)}")
         return ExitCode.DONE
@@ -72,6 +72,7 @@ def submit_job(
     show(f"submitted job {job_id} ({job.name}): {job.resources.nodes} node(s), {job.ranks_per_node} rank(s) on each")
     show(f"log: {log}")
     if preflight:
+        show("it waits in the queue as any other job; Ctrl-C cancels it")
         try:
             return wait_for_preflight(plan, job_id, job.resources.nodes, show)
         except KeyboardInterrupt:
@@ -86,7 +87,8 @@ def submit_job(
         show(f"how it stands: sft-job status {job_id}")
     except JobError as error:  # the job is submitted all the same
         show(f"how it stands: sft-job status {run.root} (not by the job's id: {error})")
-    show(f"stop it: scancel {job_id} (it saves first); save and queue again: scancel --signal=USR2 {job_id}")
+    show(f"stop it: scancel {job_id} (it saves, where that fits into the cluster's KillWait)")
+    show(f"save and queue again: scancel --signal=USR2 {job_id}")
     return ExitCode.DONE
 
 

@@ -90,15 +90,15 @@ class Node:
         """Run what the plan says; the exit code of this node's task."""
         self._listener.install()
         first = self._here.node == 0
-        if first:
-            self._ends.begin()
         self._remove_leftovers()
         own = self._run_verbs()
         self._ends.put(self._here.node, own)
-        code = joint_code(self._gather())
+        ends = self._gather()
+        code = joint_code(ends)
         if not first:
             return code
-        verdict = self._after.judge(code, self._listener.asked, over=self._is_late())
+        missing = len(ends) < self._here.nodes
+        verdict = self._after.judge(code, self._listener.asked, over=self._is_late(), missing=missing)
         self._after.act(verdict)
         self._ends.settle(verdict.code)
         return verdict.code
@@ -216,7 +216,8 @@ def job_variables(plan: Plan, here: Allocation, environ: Mapping[str, str]) -> d
     What others may have left of the contract's variables (a torchrun, a shell that trains) is taken out.
     """
     config = Path(plan.config)
-    variables = {name: value for name, value in environ.items() if name not in OURS}
+    # An srun that starts a container keeps its own way to fail.
+    variables = {name: value for name, value in environ.items() if name not in {*OURS, "SLURM_EXIT_ERROR"}}
     if plan.interface:
         variables["NCCL_SOCKET_IFNAME"] = plan.interface
         if not plan.interface.startswith("^"):  # gloo takes names only

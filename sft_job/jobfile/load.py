@@ -141,7 +141,7 @@ class _Reader:
                 values[key] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
             except Exception as error:  # a resolver may raise anything
                 rule = f"cannot be resolved: {str(error).splitlines()[0]}"
-                fix = "set the variable or key that it names, or write the value"
+                fix = "set the variable or key that it names, or write the value; for the shell to fill in: \\${NAME}"
                 self._problem(key, rule, fix, self.values[key], self.origins.get(key, ""))
                 values[key] = self.fields[key].default
         return values, self.problems
@@ -195,7 +195,7 @@ class _Reader:
             try:
                 value = _part_of_mapping(leaf, part, node) if part else _read(leaf, loader, node)
             except _WrongTypeError as error:
-                self._problem(key, error.rule, error.fix, error.value, origin)
+                self._problem(join(key, error.part) if error.part else key, error.rule, error.fix, error.value, origin)
                 return
             if isinstance(value, list) and isinstance(node, yaml.SequenceNode):
                 self.origins |= {f"{key}[{at}]": where(item) for at, item in enumerate(node.value)}
@@ -219,11 +219,12 @@ class _Reader:
 
 
 class _WrongTypeError(Exception):
-    def __init__(self, rule: str, fix: str, value: Any) -> None:
+    def __init__(self, rule: str, fix: str, value: Any, part: str = "") -> None:
         super().__init__(rule)
         self.rule = rule
         self.fix = fix
         self.value = value
+        self.part = part
 
 
 def _read(leaf: Field, loader: Any, node: yaml.Node) -> Any:
@@ -238,8 +239,12 @@ def _read(leaf: Field, loader: Any, node: yaml.Node) -> Any:
             raise _WrongTypeError("must be a list of texts", f"write [{node.value}]" if _is_text(node) else "", value)
         return [each.value for each in node.value]
     if leaf.kind is dict:
-        if not isinstance(node, yaml.MappingNode) or not all(_is_text(each) for _, each in _pairs(node)):
+        if not isinstance(node, yaml.MappingNode):
             raise _WrongTypeError("must be a mapping of names to texts", "write NAME: VALUE below it", _NOTHING)
+        odd = next((name for name, each in _pairs(node) if not _is_text(each)), None)
+        if odd is not None:
+            fix = 'write one text, in quotes where it holds a comma: "A,B"'
+            raise _WrongTypeError("must be a text", fix, _NOTHING, str(odd.value))
         return {str(name.value): each.value for name, each in _pairs(node)}
     if not isinstance(node, yaml.ScalarNode) or node.tag not in _SCALARS:
         raise _WrongTypeError(f"must be {leaf.expected}", "", _NOTHING)

@@ -23,6 +23,10 @@ _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _ASSIGNMENT = re.compile(
     r"""(?<![A-Za-z0-9_])(?P<name>[A-Za-z_][A-Za-z0-9_]*)\+?=(?=(?P<value>"[^"]*"|'[^']*'|[^\s,;&|"']*))"""
 )
+# A key as it is, and not one that is read somewhere: ``wandb login $KEY``.
+_LOGIN = re.compile(r"""\b(?:Bearer|wandb\s+login(?:\s+--\S+)*)\s+["']?(?![-$`"'])[\w.~+/=-]{8}""", re.IGNORECASE)
+_HEXADECIMAL = re.compile(r"\b[0-9a-f]{40}\b", re.IGNORECASE)
+_COMMIT = re.compile(r"\b(?:git|commit|revision|rev|sha|sha1|checksum)(?=\b|_)", re.IGNORECASE)
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
 _OURS = (
     Env.CONFIG_PATH,
@@ -46,7 +50,7 @@ OURS = frozenset((*_OURS, *(f"PET_{name}" for name in _OURS)))
 
 def validate(job: JobFile) -> list[Problem]:
     """Everything that is wrong with the part that every launcher reads."""
-    problems = text_problems(job, "", may_begin_with_dash=frozenset())
+    problems = text_problems(job, "", may_begin_with_dash=frozenset({"environment"}))
     check = Checks(problems)
     check(_NAME.fullmatch(job.name), "name", "must be letters, digits, '.', '_' and '-', at most 100", value=job.name)
     check(job.config, "config", "must name the run's YAML file", "config: sft_trainer.yaml")
@@ -116,6 +120,19 @@ def check_assignments(check: Checks, subject: str, text: str, known: Set[str] = 
         name, value = found["name"], found["value"].strip("\"'")
         if name not in known and not value.startswith(("$", "`")):
             _check_secret(check, subject, name, value)
+
+
+def check_literals(check: Checks, subject: str, text: str) -> None:
+    """Refuse a command or an option with a secret that no variable's name gives away.
+
+    Args:
+        check: takes the problem.
+        subject: what the text is.
+        text: such as a shell line or an option.
+    """
+    found = _LOGIN.search(text) or (None if _COMMIT.search(text) else _HEXADECIMAL.search(text))
+    fix = "list a variable's name under secrets, export it where you submit, and write $NAME here"
+    check(found is None, subject, "looks like a secret, which has no place in a file", fix)
 
 
 def _check_secret(check: Checks, subject: str, name: str, value: str) -> None:

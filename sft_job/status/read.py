@@ -89,6 +89,7 @@ class RunStatus:
         logs: folder of the run's logs.
         launcher_logs: files that the launcher's job has written.
         last_words: last lines of the newest of them, where the job did not end well.
+        held_by: another job than the one that was asked for, which holds the run folder: the rest is that one's.
     """
 
     run: str
@@ -123,6 +124,7 @@ class RunStatus:
     logs: str = ""
     launcher_logs: tuple[str, ...] = ()
     last_words: tuple[str, ...] = ()
+    held_by: str = ""
 
 
 def read_status(run: RunFolder, life: Life, submission: Submission | None = None, *, verify: bool = False) -> RunStatus:
@@ -151,6 +153,8 @@ def read_status(run: RunFolder, life: Life, submission: Submission | None = None
     code = _number(outcome, "code")
     launcher_logs = _launcher_logs(submission)
     judgement = read_judgement(run)
+    job = life.holder.job if life.holder is not None and not life.gone else ""
+    other = job if submission is not None and job != submission.job else ""
     return RunStatus(
         run=str(run.root),
         state=state,
@@ -183,7 +187,8 @@ def read_status(run: RunFolder, life: Life, submission: Submission | None = None
         submission=submission,
         logs=str(run.logs),
         launcher_logs=tuple(map(str, launcher_logs)),
-        last_words=() if state in ("running", "done", "waiting") else _last_words(launcher_logs),
+        last_words=() if state in ("running", "done", "waiting") and not other else _last_words(launcher_logs),
+        held_by=other,
     )
 
 

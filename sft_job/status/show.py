@@ -46,6 +46,10 @@ def show_status(status: RunStatus, console: Console) -> None:
 def rows(status: RunStatus) -> list[tuple[str, Text]]:
     """Name and text of each line; what is not known has none."""
     found: list[tuple[str, Text]] = [("run", Text(status.run)), ("state", _state(status))]
+    if status.held_by:
+        found.append(
+            ("held by", _block([f"job {status.held_by}; this job:", *(status.last_words or ["not a word yet"])]))
+        )
     if status.state != "absent":
         found += _progress(status)
         found += [("checkpoint", _checkpoint(status))]
@@ -57,7 +61,7 @@ def rows(status: RunStatus) -> list[tuple[str, Text]]:
         found.append(("message", _block(status.message.splitlines())))
     if status.refusal is not None:
         found.append(("refused", _refusal(status)))
-    if status.last_words and not status.message and status.refusal is None:
+    if status.last_words and not status.message and status.refusal is None and not status.held_by:
         found.append(("last words", _block(status.last_words)))
     found += _places(status)
     return found

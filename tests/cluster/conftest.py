@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from tests.cluster.slurm_cluster import (
     NoClusterError,
     SlurmRun,
     run_alone,
+    run_overrides,
 )
 from tests.tiny import save_model, write_rows
 
@@ -77,30 +77,19 @@ def undisturbed(shared: Path, inputs: Path) -> Callable[[int], Evidence]:
         root = shared / f"alone-{ranks}"
         with FileLock(shared / f"alone-{ranks}.lock"):
             if not root.exists():
-                run_alone(inputs, root, ranks)
+                run_alone(root, ranks, run_overrides(inputs))
         return evidence_of(root)
 
     return evidence
 
 
 def evidence_of(root: Path) -> Evidence:
-    """What a run below this ``CHECKPOINT_DIR`` left; nobody watched its ranks from inside."""
-    (root / "ledger.jsonl").touch()
+    """What a run below this ``CHECKPOINT_DIR`` left, and the steps that its ranks have made."""
     return gather(root / "sft", root)
 
 
 @pytest.fixture
-def place(shared: Path, request: pytest.FixtureRequest) -> Iterator[None]:
-    """A test with the mark ``alone`` runs while no other one does: its job must start in a part of a minute."""
-    with (shared / "place").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX if request.node.get_closest_marker("alone") else fcntl.LOCK_SH)
-        yield
-
-
-@pytest.fixture
-def slurm_run(
-    cluster: Cluster, inputs: Path, tmp_path: Path, worker_id: str, place: None
-) -> Iterator[Callable[..., SlurmRun]]:
+def slurm_run(cluster: Cluster, inputs: Path, tmp_path: Path, worker_id: str) -> Iterator[Callable[..., SlurmRun]]:
     """``slurm_run(settings, overrides, environment)``: a job on this worker's nodes; cancelled at the end."""
     group = int(worker_id.removeprefix("gw")) % GROUPS if worker_id != "master" else 0
     nodes = [f"n{group * GROUP_NODES + number}" for number in range(1, GROUP_NODES + 1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -15,9 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.console import Console
+
+from sft_job.demo.run import RECIPE, DemoFolder, make_input
 
 REPOSITORY = Path(__file__).parents[2]
 SEED_YAML = REPOSITORY / "tests" / "golden" / "seed_sft_trainer.yaml"
+DEMO_YAML = RECIPE
 GROUPS = 3
 GROUP_NODES = 3
 GRACE = 20
@@ -102,6 +107,8 @@ class SlurmRun:
         settings: of the job file, on top of the usual ones.
         overrides: of the run.
         environment: of the command that submits.
+        config: the run's YAML.
+        base: settings of the run below ``overrides``; None = those of every run.
     """
 
     cluster: Cluster
@@ -112,6 +119,8 @@ class SlurmRun:
     overrides: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
     job_id: str = ""
+    config: Path = SEED_YAML
+    base: list[str] | None = None
 
     @property
     def run(self) -> Path:
@@ -122,9 +131,9 @@ class SlurmRun:
         slurm = {"exclude": ",".join(sorted(others)), "python": sys.executable}
         job = {
             "name": self.root.name,
-            "config": str(SEED_YAML),
+            "config": str(self.config),
             "checkpoint_dir": str(self.root),
-            "overrides": [*run_overrides(self.inputs), *self.overrides],
+            "overrides": [*(run_overrides(self.inputs) if self.base is None else self.base), *self.overrides],
             "resources": {"nodes": node_count, "gpus_per_node": 0, "ranks_per_node": ranks, "time": 10},
             "grace_seconds": GRACE,
             "environment": {"TEST_PACE": PACE},
@@ -133,6 +142,7 @@ class SlurmRun:
         slurm |= given.pop("slurm", {})
         job["resources"] |= given.pop("resources", {})
         job |= {**given, "slurm": slurm}
+        job["environment"] = {"TEST_LEDGER": str(self.root), **job["environment"]}
         self.root.mkdir(exist_ok=True, parents=True)
         path = self.root / "job.yaml"
         path.write_text(yaml.safe_dump(job))
@@ -202,6 +212,21 @@ class SlurmRun:
         path = self.root / "slurm" / f"{self.job_id}_restarts.json"
         return json.loads(path.read_text())["counts"] if path.exists() else {}
 
+    def judged_by(self, start: int) -> str:
+        """Who queued the job again after a start: its task on node 0, its batch script, or Slurm by itself."""
+        if f"start {start} of job {self.job_id}" in self.log() and "again already" in self.log():
+            return "slurm"
+        found = re.findall(
+            rf"slurm: start {start} of job {self.job_id}, (.+?): .*: queued again$", self.log(), re.MULTILINE
+        )
+        assert len(found) <= 1, found
+        return {"batch script": "script", "node 0": "task"}[found[0]] if found else "slurm"
+
+    def ends(self) -> list[str]:
+        """How each start ended, as Slurm's accounts say."""
+        asked = self.cluster.ask("sacct", "--duplicates", "-X", "-n", "-P", "-o", "State", "-j", self.job_id)
+        return asked.splitlines()
+
     def outcome(self) -> dict[str, Any]:
         return json.loads((self.run / "logs" / "outcome.json").read_text())
 
@@ -236,12 +261,25 @@ def run_overrides(inputs: Path) -> list[str]:
     ]
 
 
-def run_alone(inputs: Path, root: Path, ranks: int) -> None:
+def demo_overrides(folder: Path) -> list[str]:
+    """A small demo of the repository: its files are made in this folder, and its settings point there."""
+    paths = DemoFolder(folder)
+    make_input(paths, 512, 32, Console(file=io.StringIO()))
+    return [
+        f"data.train_files={paths.train}",
+        f"data.val_files={paths.validation}",
+        f"model.partial_pretrain={paths.base_model}",
+        "model.external_lib=tests.cluster.pace",
+    ]
+
+
+def run_alone(root: Path, ranks: int, overrides: list[str], config: Path = SEED_YAML) -> None:
     """The same run on this machine, with nobody to disturb it."""
-    command = [sys.executable, "-m", "sft_job.cli", "train", str(SEED_YAML), *run_overrides(inputs)]
+    command = [sys.executable, "-m", "sft_job.cli", "train", str(config), *overrides]
     root.mkdir(parents=True)
     environ = {name: each for name, each in os.environ.items() if not name.startswith(("SLURM_", "PET_"))}
     environ |= {"CHECKPOINT_DIR": str(root), "NPROC_PER_NODE": str(ranks), "OMP_NUM_THREADS": "1"}
+    environ["TEST_LEDGER"] = str(root)
     environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), *filter(None, [environ.get("PYTHONPATH")])])
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

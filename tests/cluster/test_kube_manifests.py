@@ -19,8 +19,7 @@ from tests.cluster.conftest import REQUIRED
 from tests.cluster.kube_server import REPOSITORY, NoServerError, Server
 from tests.unit.deploy.kubernetes.mutations import CANARY, MUTATIONS, Mutation, good
 
-# Jobs of other tests that need the machine for themselves are not disturbed.
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900), pytest.mark.usefixtures("place")]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 READY = REPOSITORY / "deploy" / "manifests"
 GOLDEN = REPOSITORY / "tests" / "golden" / "kubernetes"

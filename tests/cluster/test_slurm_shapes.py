@@ -11,7 +11,7 @@ import yaml
 
 from tests.chaos.oracle import Evidence, differences
 from tests.cluster.conftest import evidence_of
-from tests.cluster.slurm_cluster import STEPS, SlurmRun
+from tests.cluster.slurm_cluster import DEMO_YAML, GRACE, STEPS, SlurmRun, demo_overrides, run_alone
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -36,7 +36,7 @@ def test_two_nodes_leave_what_one_machine_leaves(
     )
     run.submit(ranks=ranks)
     assert run.wait_end() == "COMPLETED"
-    assert differences(undisturbed(2 * ranks), evidence_of(run.root), exact=True, ledger=False) == []
+    assert differences(undisturbed(2 * ranks), evidence_of(run.root), exact=True) == []
     assert f"{2 * ranks} ranks on 2 node(s)" in run.log(1)
     assert run.outcome()["weights_sha256"] == undisturbed(2 * ranks).weights[0]
     assert [path.name for path in run.root.rglob("metrics.jsonl")] == ["metrics.jsonl"]
@@ -46,6 +46,18 @@ def test_two_nodes_leave_what_one_machine_leaves(
     settings = yaml.safe_load((run.run / "logs" / "config.yaml").read_text())
     assert settings["trainer"]["experiment_name"] == odd
     assert odd.split()[1].rstrip(")") in run.cluster.ask("scontrol", "show", "job", run.job_id)
+
+
+def test_the_demo_on_two_nodes(slurm_run: Callable[..., SlurmRun], tmp_path: Path) -> None:
+    """The repository's own config: both ranks share every sequence, over the network here."""
+    base = demo_overrides(tmp_path / "demo")
+    run_alone(tmp_path / "one", 2, base, DEMO_YAML)
+    run = slurm_run(config=DEMO_YAML, base=base)
+    run.submit()
+    assert run.wait_end() == "COMPLETED"
+    alone = evidence_of(tmp_path / "one")
+    assert differences(alone, evidence_of(run.root), exact=True) == []
+    assert run.outcome()["weights_sha256"] == alone.weights[0]
 
 
 @pytest.mark.parametrize("name", ["one\ntouch /tmp/x", "$(touch /tmp/x)", "a'b", 'a"b', "--wrap=x", ""])
@@ -60,7 +72,7 @@ def test_a_name_that_is_no_name_is_refused(slurm_run: Callable[..., SlurmRun], n
 
 def test_a_second_job_on_the_same_folder_is_refused_and_scancel_saves(slurm_run: Callable[..., SlurmRun]) -> None:
     first = slurm_run(settings={"environment": {"TEST_PACE": "0.3"}})
-    first.submit(node_count=1)
+    first.submit()
     first.wait_step(2, saved=False)
     second = SlurmRun(first.cluster, first.inputs, first.root, first.nodes)
     second.submit(node_count=1)
@@ -68,8 +80,14 @@ def test_a_second_job_on_the_same_folder_is_refused_and_scancel_saves(slurm_run:
     assert (second.exit_code(), second.starts()) == (73, 0)
     assert "is held by another run" in second.log()
     first.wait_step(first.step() + 2)
+    known = second.status()
+    assert f"held by     job {first.job_id}; this job:" in known
+    assert "is held by another run" in known
     first.cluster.ask("scancel", first.job_id)
+    # Slurm says COMPLETING as long as processes of the job live.
+    first.wait("the job is gone", lambda: first.cluster.state_of(first.job_id) == "CANCELLED", GRACE)
     assert first.wait_end() == "CANCELLED"
+    assert first.restarts() == {}
     assert "SIGTERM: the ranks finish their step, save and leave" in first.log()
     record = first.outcome()
     assert (record["reason"], first.starts()) == ("stopped", 0)

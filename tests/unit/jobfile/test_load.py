@@ -71,6 +71,17 @@ def test_variables_and_other_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "MISSING_ONE" in problems(tmp_path, "config: a.yaml\ncheckpoint_dir: /s/${oc.env:MISSING_ONE}\n")
 
 
+def test_what_is_the_shell_s_own(tmp_path: Path) -> None:
+    said = problems(tmp_path, f"{LEAST}environment: {{A: '${{HOMER}}/x'}}\n")
+    assert "for the shell to fill in: \\${NAME}" in said
+    assert load(tmp_path, f"{LEAST}environment: {{A: '\\${{HOMER}}/x'}}\n").job.environment == {"A": "${HOMER}/x"}
+
+
+def test_the_name_of_an_option_that_is_no_text(tmp_path: Path) -> None:
+    said = problems(tmp_path, f"{LEAST}slurm:\n  more: {{nice: 1, mail-type: [END, FAIL]}}\n")
+    assert "job.yaml:4: slurm.more.mail-type\n    must be a text\n    fix: write one text, in quotes" in said
+
+
 def test_other_launchers_blocks_are_theirs(tmp_path: Path) -> None:
     assert load(tmp_path, f"{LEAST}kubernetes: {{namespace: ml}}\ndocker: {{odd: [1]}}\n").block.queue is None
 

@@ -20,7 +20,7 @@ def subjects(found: JobFile) -> list[str]:
 def test_a_good_one() -> None:
     good = job(
         mounts=["/data:/in:ro"],
-        environment={"A_B": "c d"},
+        environment={"A_B": "c d", "XLA_FLAGS": "--xla_dump"},
         secrets=["WANDB_API_KEY"],
         overrides=["a.b=c=d", "data.prompt_key=questions", "data.train_files.a.prompt_key=questions"],
     )

@@ -75,10 +75,14 @@ def test_cpus_also_reach_srun() -> None:
 
 def test_gpus() -> None:
     assert "#SBATCH --gpus-per-node=h100:8\n" in text("slurm.gpu_type=h100")
-    other = text("slurm.gres=gpu:4,nvme:1")
+    other = text("slurm.gres=gpu:4,nvme:1", "resources.gpus_per_node=4")
     assert "#SBATCH --gres=gpu:4,nvme:1\n" in other
     assert "--gpus-per-node" not in other
     assert "--gpus-per-node" not in text("resources.gpus_per_node=0")
+
+
+def test_a_set_up_line_may_use_the_shell_s_own_variables() -> None:
+    assert "\nexport X=${HOME}/x\n" in text(r"slurm.setup=['export X=\${HOME}/x']")
 
 
 def test_the_warning_comes_before_the_grace() -> None:
@@ -122,6 +126,7 @@ def test_values_reach_no_shell() -> None:
         ({"setup": ["# a note", "export X='a b'", "true && test \"$X\" = 'a b'"]}, ""),
         ({"setup": ["true", "false && true 'x'", "touch later"]}, "exit code 1: false && true 'x'"),
         ({"setup": ["cd nowhere", "touch later"]}, "exit code 1: cd nowhere"),
+        ({"setup": ["trap 'exit 0' EXIT TERM", "true"]}, ""),
         ({"modules": ["cuda/12.8"], "setup": ["touch later"]}, "exit code 127: module load cuda/12.8"),
         ({}, ""),
     ],

@@ -61,7 +61,8 @@ def test_submitted_and_shown(login, tmp_path: Path) -> None:
         f"log: {tmp_path}/runs/slurm/77_0_log.out",
         f"run folder: {tmp_path}/runs/sft",
         "how it stands: sft-job status 77",
-        "stop it: scancel 77 (it saves first); save and queue again: scancel --signal=USR2 77",
+        "stop it: scancel 77 (it saves, where that fits into the cluster's KillWait)",
+        "save and queue again: scancel --signal=USR2 77",
     ]
     assert (tmp_path / "runs" / "slurm").stat().st_mode & 0o777 == 0o700
 
@@ -225,16 +226,25 @@ def test_what_the_shell_says_to_sbatch_does_not_reach_it(login, tmp_path: Path) 
         "SBATCH_NO_REQUEUE": "1",
         "SBATCH_EXPORT": "NONE",
         "SLURM_TIME_FORMAT": "relative",
+        # Of an array's task that submits.
+        "SLURM_JOB_ID": "5",
+        "SLURM_ARRAY_JOB_ID": "5",
+        "SLURM_ARRAY_TASK_ID": "1",
+        "SLURM_RESTART_COUNT": "3",
+        "SLURM_CPU_BIND": "none",
+        "SLURM_EXPORT_ENV": "NONE",
+        "SLURMD_NODENAME": "n1",
+        "SRUN_CPUS_PER_TASK": "2",
+        "SUBMITIT_EXECUTOR": "slurm",
     }
+    kept = {"SLURM_CONF": "/etc/s", "SLURM_CLUSTERS": "main", "SLURM_JWT": "x"}
     sbatch = f"env > {tmp_path}/seen; echo Submitted batch job 77"
-    done = login(sbatch=sbatch, SLURM_CONF="/etc/s", **shell)
+    done = login(sbatch=sbatch, **kept, **shell)
     assert done.returncode == 0, words(done)
     seen = dict(line.split("=", 1) for line in (tmp_path / "seen").read_text().splitlines() if "=" in line)
     assert not shell.keys() & seen.keys()
-    assert (seen["SLURM_CONF"], seen["WANDB_API_KEY"]) == ("/etc/s", CANARY)
-    assert done.stdout.splitlines()[1].endswith(
-        ": SBATCH_EXPORT, SBATCH_NO_REQUEUE, SBATCH_TIMELIMIT, SLURM_TIME_FORMAT"
-    )
+    assert {**kept, "WANDB_API_KEY": CANARY}.items() <= seen.items()
+    assert done.stdout.splitlines()[1].endswith(f": {', '.join(sorted(shell))}")
 
 
 @pytest.mark.parametrize(("ends", "code"), [("0_0", 0), ("0_65", 65)])
@@ -243,6 +253,7 @@ def test_a_preflight_is_waited_for(login, tmp_path: Path, ends: str, code: int) 
     job = f"mkdir -p {runs}/77_ends/0; echo 'a table' > {runs}/77_0_log.out; touch {runs}/77_ends/0/{ends}"
     done = login("--preflight", sbatch=f"{job}; echo Submitted batch job 77")
     assert (done.returncode, "a table" in done.stdout) == (code, True)
+    assert "it waits in the queue as any other job; Ctrl-C cancels it\n" in done.stdout
     assert "run folder" not in done.stdout
 
 

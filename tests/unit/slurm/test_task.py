@@ -21,9 +21,12 @@ from slurm.allocation import Allocation
 from slurm.ends import Ends, Peers
 from slurm.listener import WARNING
 from slurm.plan import FIRST_PREFLIGHT, ONLY_PREFLIGHT, Plan
-from slurm.requeue import read_restarts
+from slurm.requeue import Restart, read_restarts, write_restarts
 from slurm.task import job_variables
+from tests.unit.slurm.controller import Controller, job_line
 
+CANCELLED = job_line("COMPLETING", end="2026-11-23T15:30:00")
+PREEMPTED = job_line(preempted="2026-11-23T15:30:00")
 HERE = Allocation("12", 1, 1, ("n3", "n4"), 2e9)
 
 
@@ -72,12 +75,13 @@ from sft_job.contract import RunFolder
 from sft_job.submissions import read_requeue
 from slurm.allocation import Allocation
 from slurm.plan import Plan
-from slurm.task import Node
+from slurm import task
+task._GATHER_SECONDS = 3.0
 folder, python, preflight, nodes, left = sys.argv[1:]
 end = time.time() + float(left) if left else None
 plan = Plan(folder, "/c/sft.yaml", folder, python, preflight=preflight, grace_seconds=5, retries={"loss": 1})
 hosts = tuple("n%d" % each for each in range(int(nodes)))
-sys.exit(Node(plan, Allocation("12", 0, 0, hosts, end), os.environ).run())
+sys.exit(task.Node(plan, Allocation("12", 0, 0, hosts, end), os.environ).run())
 """
 
 
@@ -90,14 +94,12 @@ class Task:
         job: str,
         preflight: str = "no",
         nodes: int = 1,
-        state: str = "RUNNING",
-        preempted: str = "None",
+        line: str = job_line(),
+        later: str = "",
         left: str = "",
     ) -> None:
         self.folder = folder
-        self.asked = folder / "asked"
-        shown = f"JobState={state} Restarts=0 StartTime=2026-11-23T15:00:00 PreemptTime={preempted}"
-        self._tool("scontrol", f'echo "$@" >> {self.asked}; [ $1 = show ] && echo "{shown}"; exit 0')
+        self.controller = Controller(folder, line, later)
         python = self._tool("python", job)
         path = f"{folder}:{os.environ['PATH']}"
         self.process = subprocess.Popen(
@@ -127,7 +129,10 @@ class Task:
         return self.process.returncode, said
 
     def requeues(self) -> int:
-        return self.asked.read_text().splitlines().count("requeue 12") if self.asked.exists() else 0
+        return self.controller.requeues()
+
+    def causes(self) -> list[str]:
+        return [each.cause for each in read_restarts(self.folder / "12_restarts.json")]
 
 
 SAVES = """exec PYTHON -c '
@@ -191,7 +196,7 @@ def test_a_warning_is_passed_on_and_queues_again_once(start: Start, tmp_path: Pa
     ("", "None", "timeout"),
 ])  # fmt: skip
 def test_slurm_s_warning(start: Start, tmp_path: Path, left: str, preempted: str, cause: str) -> None:
-    task = start(saves(tmp_path), left=left, preempted=preempted)
+    task = start(saves(tmp_path), left=left, line=job_line(preempted=preempted))
     task.ready()
     task.process.send_signal(WARNING)
     code, said = task.end()
@@ -253,12 +258,12 @@ def test_the_newest_checkpoint_and_the_requeue_are_noted(start: Start, tmp_path:
     ("job", "why"),
     [
         ("exit 2", "exit code 2 would be the same the next time: not queued again"),
-        ("exit 137", "loss number 1: queued again; but it was not (see the log of node 0)"),
+        ("exit 137", "Slurm has ended the job (scancel, or a preemption that cancels): not queued again"),
     ],
 )
 def test_why_it_is_not_queued_again_is_noted_for_status(start: Start, tmp_path: Path, job: str, why: str) -> None:
     (tmp_path / "sft" / "logs").mkdir(parents=True)
-    start(job, state="CANCELLED").end()
+    start(job, line=CANCELLED).end()
     said = read_judgement(RunFolder(tmp_path / "sft"))
     assert said is not None
     assert (said.why, said.counts) == (why, {})
@@ -284,15 +289,86 @@ def test_a_step_that_srun_ends_after_a_loss_queues_again(start: Start, tmp_path:
 
 
 def test_a_preemption_without_a_warning_queues_again(start: Start, tmp_path: Path) -> None:
-    task = start(saves(tmp_path), preempted="2026-11-23T16:00:00")
+    task = start(saves(tmp_path), line=PREEMPTED)
     task.ready()
     task.process.terminate()
     assert (task.end()[0], task.requeues()) == (143, 1)
-    assert [each.cause for each in read_restarts(tmp_path / "12_restarts.json")] == ["preemption"]
+    assert task.causes() == ["preemption"]
+
+
+@pytest.mark.parametrize("left", ["", "16"])
+@pytest.mark.parametrize("preempted", ["None", "2026-11-23T15:29:00"])
+def test_a_scancel_shows_as_completing(start: Start, tmp_path: Path, preempted: str, left: str) -> None:
+    """Also in a preemption's grace, and with less than ten seconds to the time limit."""
+    task = start(
+        saves(tmp_path).replace("sys.exit(143)", "(time.sleep(5), sys.exit(143))" if left else "sys.exit(143)"),
+        line=job_line("COMPLETING", preempted=preempted, end="2026-11-23T15:30:00"),
+        left=left,
+    )
+    task.ready()
+    task.process.terminate()
+    code, said = task.end()
+    assert (code in (137, 143), task.requeues(), task.causes()) == (True, 0, [])
+    assert "Slurm has ended the job" in said
+
+
+def test_a_preemption_without_any_grace_is_counted(start: Start, tmp_path: Path) -> None:
+    """Slurm has queued the job again before its TERM is here."""
+    (tmp_path / "sft" / "logs").mkdir(parents=True)
+    task = start(saves(tmp_path), line=job_line("COMPLETING", 1, "2026-11-23T15:30:00", "2026-11-23T15:30:00"))
+    task.ready()
+    task.process.terminate()
+    assert (task.end()[0], task.requeues(), task.causes()) == (143, 0, ["preemption"])
+    said, waits = read_judgement(RunFolder(tmp_path / "sft")), read_requeue(RunFolder(tmp_path / "sft"))
+    assert said is not None
+    assert (said.why, said.counts) == ("preempted: Slurm has queued the job again itself", {"preemption": 1})
+    assert waits is not None
+
+
+def test_an_operator_s_requeue_is_slurm_s(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "sft" / "logs").mkdir(parents=True)
+    task = start(saves(tmp_path), line=job_line("COMPLETING", 1, end="2026-11-23T15:30:00"))
+    task.ready()
+    task.process.terminate()
+    assert (task.end()[0], task.requeues(), task.causes()) == (143, 0, [])
+    assert read_requeue(RunFolder(tmp_path / "sft")) is not None
+
+
+def test_a_task_that_comes_late_writes_nothing(start: Start, tmp_path: Path) -> None:
+    """A node that was cut off: the job runs elsewhere, and has counted what came since."""
+    (tmp_path / "sft" / "logs").mkdir(parents=True)
+    known = (Restart(0, "scheduler", None), Restart(1, "loss", 137, 8))
+    write_restarts(tmp_path / "12_restarts.json", known)
+    task = start("exit 137", line=job_line(restarts=2))
+    assert (task.end()[0], task.requeues()) == (137, 0)
+    assert read_restarts(tmp_path / "12_restarts.json") == known
+    assert read_judgement(RunFolder(tmp_path / "sft")) is None
+
+
+def test_a_step_that_srun_ends_while_its_ranks_still_save(start: Start, tmp_path: Path) -> None:
+    """srun sends TERM where it misses a node, which gives no word: not scancel --signal=TERM, which all nodes hear."""
+    task = start(saves(tmp_path), nodes=2)
+    task.ready()
+    task.process.terminate()
+    assert (task.end()[0], task.requeues(), task.causes()) == (137, 1, ["loss"])
+
+
+def test_a_term_that_every_node_heard_queues_nothing(start: Start, tmp_path: Path) -> None:
+    task = start(saves(tmp_path), nodes=2)
+    task.ready()
+    task.process.terminate()
+    Ends(tmp_path, "12", 0).put(1, 143)
+    assert (task.end()[0], task.requeues(), task.causes()) == (143, 0, [])
+
+
+def test_what_became_of_the_job_is_left_for_the_batch_script(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "sft" / "logs").mkdir(parents=True)
+    start("exit 88").end()
+    assert (tmp_path / "12_ends" / "0" / "settled").read_text() == "88\n"
 
 
 def test_a_warned_job_that_was_cancelled_meanwhile_stays_so(start: Start, tmp_path: Path) -> None:
-    task = start(saves(tmp_path), state="CANCELLED")
+    task = start(saves(tmp_path), line=job_line(), later=CANCELLED)
     task.ready()
     task.process.send_signal(signal.SIGUSR2)
     code, said = task.end()
@@ -329,9 +405,7 @@ def test_preflight_alone_never_trains_and_is_never_queued_again(start: Start, tm
 
 def test_a_preflight_alone_has_a_time_that_the_grace_may_fill(start: Start, tmp_path: Path) -> None:
     """It has nothing to save: neither the clock nor a warning stops it."""
-    task = start(
-        f"touch {tmp_path}/ready; sleep 1.5", preflight=ONLY_PREFLIGHT, left="15", preempted="2027-01-01T00:00:00"
-    )
+    task = start(f"touch {tmp_path}/ready; sleep 1.5", preflight=ONLY_PREFLIGHT, left="15", line=PREEMPTED)
     task.ready()
     task.process.send_signal(WARNING)
     code, said = task.end()

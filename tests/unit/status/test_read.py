@@ -161,6 +161,17 @@ def test_a_job_without_a_run_folder_shows_what_it_said(tmp_path) -> None:
     assert read_status(RunFolder(tmp_path / "sft"), FREE, submission).last_words[0] == "line 80"
 
 
+def test_a_job_that_found_the_folder_held_by_another_one(run, tmp_path) -> None:
+    (tmp_path / "18_0.err").write_text("the run folder is held by another run\n")
+    write_ends(run, None, "running")
+    mine, other = (Submission("slurm", job, str(run.root), (f"{tmp_path}/{job}_*.err",)) for job in ("17", "18"))
+    assert read_status(run, ALIVE, mine).held_by == ""
+    assert read_status(run, ALIVE).held_by == ""
+    assert read_status(run, GONE, other).held_by == ""
+    found = read_status(run, ALIVE, other)
+    assert (found.held_by, found.last_words) == ("17", ("the run folder is held by another run",))
+
+
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", "\x00\xff", '{"code": 0}', '{"reason": 1, "step": {}, "restarts": [3], "code": "x"}']
 )

@@ -74,6 +74,11 @@ def test_a_running_run_on_one_screen() -> None:
         ({"state": "failed", "code": 87, "reason": "non_finite", "message": "loss is nan"}, "loss is nan"),
         ({"state": "done", "result": "/ckpt/sft/huggingface"}, "result      /ckpt/sft/huggingface"),
         ({"state": "failed", "without_progress": ({"cause": "lost", "message": "rank 1"},)}, "lost: rank 1"),
+        (
+            {"held_by": "17", "last_words": ("no", "luck")},
+            "held by     job 17; this job:\n            no\n            luck\n",
+        ),
+        ({"held_by": "17"}, "held by job 17; this job: not a word yet"),
         ({"checkpoint": None}, "none yet"),
         ({"message": "[red]kept as it is[/red]", "state": "failed"}, "[red]kept as it is[/red]"),
         (
