@@ -88,7 +88,8 @@ def test_a_second_job_on_the_same_folder_is_refused_and_scancel_saves(slurm_run:
     first.wait("the job is gone", lambda: first.cluster.state_of(first.job_id) == "CANCELLED", GRACE)
     assert first.wait_end() == "CANCELLED"
     assert first.restarts() == {}
-    assert "SIGTERM: the ranks finish their step, save and leave" in first.log()
+    # Of Slurm's TERM, and what the task passes on (USR2), either may come first.
+    assert ": the ranks finish their step, save and leave" in first.log()
     record = first.outcome()
     assert (record["reason"], first.starts()) == ("stopped", 0)
     assert record["step"] == first.step()  # saved where it stood, not only every eighth step
