@@ -16,6 +16,7 @@ from deploy.kubernetes.settings import (
     TOLERATION,
     KubernetesSettings,
     parse_claim,
+    wall_seconds,
 )
 from sft_job.contract import Env
 from sft_job.jobfile.schema import JobFile
@@ -140,8 +141,8 @@ def pod_template(task: Task, container: str, more: list[Node], port_name: str, p
         },
     }
     seconds = seconds_of(job.resources.time or "")
-    if seconds is not None:  # of this pod, not of the job: a start that ran out of time is followed by another one
-        spec["activeDeadlineSeconds"] = seconds - job.grace_seconds - LEAVE_SECONDS
+    if seconds is not None:  # the hard end of this pod, should the run not have ended by itself before (_command)
+        spec["activeDeadlineSeconds"] = seconds
     for name, value in (
         ("serviceAccountName", block.service_account),
         ("priorityClassName", block.priority_class),
@@ -186,7 +187,13 @@ def plain(text: str) -> str:
 
 
 def _command(task: Task) -> Node:
-    arguments = [str(PurePosixPath(CONFIG_FOLDER) / task.config_name), *map(plain, task.job.overrides)]
+    overrides = list(task.job.overrides)
+    seconds = seconds_of(task.job.resources.time or "")
+    if seconds is not None:
+        # So that a start which comes no further counts for the breaker: a pod's own deadline is a stop signal, as a
+        # preemption is, and those do not count. Before the user's own overrides, which count for more.
+        overrides.insert(0, f"trainer.max_wall_seconds={wall_seconds(task.job, seconds)}")
+    arguments = [str(PurePosixPath(CONFIG_FOLDER) / task.config_name), *map(plain, overrides)]
     if task.job.preflight:
         return {"command": ["tini", "-g", "--", "sh", "-c", plain(_PREFLIGHT), "sft-job"], "args": arguments}
     return {"args": ["train", *arguments]}

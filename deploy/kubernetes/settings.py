@@ -16,6 +16,8 @@ KINDS = ("pytorchjob", "trainjob", "job")
 """What starts the pods: Kubeflow's training operator, Kubeflow Trainer 2, or Kubernetes alone."""
 LEAVE_SECONDS = 15
 """Between the end of the job's own grace and the kill: for the nodes to agree and to leave."""
+SHORTEST_START = 300
+"""Seconds that a time limit must leave to a start."""
 SHARED = ("ReadWriteMany",)
 SINGLE = ("ReadWriteOnce", "ReadWriteOncePod")
 """Access modes of a claim in which several nodes can write, and in which one can."""
@@ -128,6 +130,11 @@ def parse_claim(text: str) -> Claim:
         raise ValueError("must be CLAIM:/path, with :ro (the default) or :rw behind it")
     check_path(path)
     return Claim(name, str(PurePosixPath(path)), mode == "rw")
+
+
+def wall_seconds(job: JobFile, limit: int) -> int:
+    """``trainer.max_wall_seconds`` of a start with this time limit: the pod's own deadline stays behind it."""
+    return limit - job.grace_seconds - LEAVE_SECONDS
 
 
 def is_name(text: str) -> bool:
@@ -268,6 +275,11 @@ def _check_numbers(job: JobFile, block: KubernetesSettings, check: Checks) -> No
         value = getattr(job.retries, name)
         check(value is None, f"retries.{name}", rule, fix, value)
     seconds = seconds_of(job.resources.time or "")
-    rule = f"is not longer than grace_seconds and {LEAVE_SECONDS} s to leave: every start would end at once"
-    short = seconds is not None and job.grace_seconds <= seconds <= job.grace_seconds + LEAVE_SECONDS
-    check(not short, "resources.time", rule, "a longer time, or smaller grace_seconds", job.resources.time)
+    if seconds is None or seconds <= job.grace_seconds:
+        return  # said by the job file's own rules
+    left = wall_seconds(job, seconds)
+    rule = (
+        f"leaves {left} s for each start, less grace_seconds and {LEAVE_SECONDS} s to leave; {SHORTEST_START} or more "
+        "are needed: pulling the image and loading the model happen in them"
+    )
+    check(left >= SHORTEST_START, "resources.time", rule, "a longer time, or smaller grace_seconds", job.resources.time)

@@ -109,12 +109,20 @@ def test_shared_memory_counts_as_memory(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_times_leave_room_for_a_save(kind: str) -> None:
-    """A start is over before its time is: the deadline asks it to stop, and the grace follows."""
-    for pod in pods(documents(kind)):
-        grace, deadline = pod["terminationGracePeriodSeconds"], pod["activeDeadlineSeconds"]
-        assert grace > 200
-        assert deadline + grace == 4 * 3600
+def test_a_start_ends_itself_before_its_pod_is_ended(kind: str) -> None:
+    """So its end counts for the breaker, which a stop signal does not; the pod's deadline stands behind it."""
+    found = documents(kind)
+    for pod in pods(found):
+        assert pod["terminationGracePeriodSeconds"] == 215
+        assert pod["activeDeadlineSeconds"] == 4 * 3600
+        trainer = found[-1]["spec"].get("trainer", {})
+        arguments = trainer.get("args") or pod["containers"][0]["args"]
+        limits = [each for each in arguments if "max_wall_seconds" in each]
+        assert limits == [f"trainer.max_wall_seconds={4 * 3600 - 215}"]
+        assert arguments.index(limits[0]) < arguments.index("optim.lr=2e-5")
+    unlimited = to_yaml(render(task(kind, job={"resources": Resources(memory_gib=8)})))
+    assert "max_wall_seconds" not in unlimited
+    assert "activeDeadlineSeconds" not in unlimited
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -215,7 +223,7 @@ def test_any_text_reaches_the_job_as_it_is(text: str) -> None:
     given.job.overrides = [f"trainer.project_name={text}"]
     found = list(yaml.safe_load_all(to_yaml(render(given))))
     for pod in pods(found):
-        (_, argument) = pod["containers"][0]["args"]
+        (_, _, argument) = pod["containers"][0]["args"]
         assert argument == plain(f"trainer.project_name={text}")
         assert argument.replace("$$(", "$(") == given.job.overrides[0] or "$$(" in text
 

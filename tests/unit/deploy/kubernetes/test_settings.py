@@ -30,6 +30,7 @@ def test_what_is_good() -> None:
     assert subjects({}) == []
     assert subjects({"claims": ["data:/data", "models:/models:ro", "more:/more:rw"]}) == []
     assert subjects({"secrets": {"WANDB_API_KEY": "wandb/api-key"}}, secrets=["WANDB_API_KEY"]) == []
+    assert subjects({}, resources=Resources(memory_gib=8, time="7:15")) == []
     assert subjects({"claims": ["data:/data"]}, mounts=["/lustre/data:/data", "/runs/old"]) == []
 
 
@@ -93,6 +94,7 @@ def test_what_is_refused(block: dict[str, Any], subject: str) -> None:
         ({"resources": Resources(memory_gib=0)}, "resources.memory_gib"),
         ({"resources": Resources(memory_gib=8, shm_gib=0)}, "resources.shm_gib"),
         ({"resources": Resources(memory_gib=8, time="2:10")}, "resources.time"),
+        ({"resources": Resources(memory_gib=8, time="7:14")}, "resources.time"),
         ({"retries": Retries(timeouts=3)}, "retries.timeouts"),
         ({"retries": Retries(preemptions=0)}, "retries.preemptions"),
     ],
