@@ -43,7 +43,7 @@ def to_yaml(objects: list[Node]) -> str:
 
 def pytorch_job(task: Task) -> list[Node]:
     """``kubeflow.org/v1``: the operator sets MASTER_*, RANK (here the pod's index), WORLD_SIZE and PET_*."""
-    template = pod_template(task, "pytorch", [], "pytorchjob-port", task.block.master_port)
+    template = pod_template(task, "pytorch", _nodes(task), "pytorchjob-port", task.block.master_port)
     # ExitCode: 1 to 127 ends the job, what is above starts the pod again. It would retry for ever: the operator does
     # not look at backoffLimit then. The breaker in the run folder ends that with 86.
     replica = {"restartPolicy": "ExitCode", "template": template}
@@ -67,12 +67,12 @@ def train_job(task: Task) -> list[Node]:
 
     Trainer sets PET_* and the number of pods. A pod that was lost ends the child Job, and the JobSet starts all again.
     """
-    template = pod_template(task, "node", [], "ranks", TRAINER_PORT, restartPolicy="Never")
+    template = pod_template(task, "node", _nodes(task), "ranks", TRAINER_PORT, restartPolicy="Never")
     container = template["spec"]["containers"][0]
     arguments = container.pop("args")
     child: Node = {
         "backoffLimit": 0,
-        "podFailurePolicy": pod_failure_policy(),
+        "podFailurePolicy": pod_failure_policy("node"),
         "template": template,
     }
     step = {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
@@ -140,7 +140,9 @@ def indexed_job(task: Task) -> list[Node]:
         "parallelism": nodes,
         # One lost pod ends all of a start, and each of them counts.
         "backoffLimit": restarts(task, nodes),
-        "podFailurePolicy": pod_failure_policy(),
+        "podFailurePolicy": pod_failure_policy("sft-job"),
+        # The run is done when node 0 says so; a node lost in that moment would wait for it in vain.
+        **({"successPolicy": {"rules": [{"succeededIndexes": "0"}]}} if nodes > 1 else {}),
         "suspend": suspended(task),
         "template": template,
     }
@@ -161,15 +163,31 @@ def indexed_job(task: Task) -> list[Node]:
     return [service, {"apiVersion": "batch/v1", "kind": "Job", "metadata": about, "spec": spec}]
 
 
-def pod_failure_policy() -> Node:
-    """What becomes of a Job after a pod's end: over after codes that would come again; a stop counts for nothing."""
+def pod_failure_policy(container: str) -> Node:
+    """What becomes of a Job after a pod's end: over after codes that would come again; a stop counts for nothing.
+
+    Args:
+        container: whose codes they are: what a cluster adds to the pod has codes of its own.
+    """
     return {
         "rules": [
-            {"action": "FailJob", "onExitCodes": {"operator": "In", "values": list(PERMANENT)}},
+            {
+                "action": "FailJob",
+                "onExitCodes": {"containerName": container, "operator": "In", "values": list(PERMANENT)},
+            },
             {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-            {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [int(ExitCode.STOPPED)]}},
+            {
+                "action": "Ignore",
+                "onExitCodes": {"containerName": container, "operator": "In", "values": [int(ExitCode.STOPPED)]},
+            },
         ]
     }
+
+
+def _nodes(task: Task) -> list[Node]:
+    """Beside the operator's PET_NNODES; without that the job would refuse to start, and not train node by node."""
+    nodes = task.job.resources.nodes
+    return [{"name": Env.NNODES, "value": str(nodes)}] if nodes > 1 else []
 
 
 @dataclass(frozen=True)

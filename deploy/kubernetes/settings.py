@@ -38,7 +38,14 @@ _KEY = re.compile(r"([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0
 _VALUE = re.compile(r"([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?")
 _SECRET = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/[A-Za-z0-9._-]{1,253}")
 _QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?")
-_OWN_LABELS = ("app.kubernetes.io/", "batch.kubernetes.io/", "jobset.sigs.k8s.io/", "training.kubeflow.org/")
+_CONFINEMENT = ("container.apparmor.security.", "seccomp.security.alpha.", "container.seccomp.security.alpha.")
+_OWN_LABELS = (
+    "trainer.kubeflow.org/",
+    "app.kubernetes.io/",
+    "batch.kubernetes.io/",
+    "jobset.sigs.k8s.io/",
+    "training.kubeflow.org/",
+)
 
 
 @dataclass
@@ -137,6 +144,22 @@ def wall_seconds(job: JobFile, limit: int) -> int:
     return limit - job.grace_seconds - LEAVE_SECONDS
 
 
+def is_data_key(text: str) -> bool:
+    """Whether a ConfigMap can hold a file of this name."""
+    return bool(re.fullmatch(r"[A-Za-z0-9._-]{1,253}", text)) and text != "." and not text.startswith("..")
+
+
+def undoes_confinement(key: str) -> bool:
+    """Whether an annotation of this name sets a profile in place of the pod's own."""
+    return key.partition("/")[0].startswith(_CONFINEMENT)
+
+
+def is_secret_note(key: str, value: str) -> bool:
+    """Whether a label or annotation holds a secret, as its name or its value says."""
+    name = re.sub(r"[^A-Za-z0-9]", "_", key.rpartition("/")[2])
+    return SecretMask({name: value}).text(value) != value
+
+
 def is_name(text: str) -> bool:
     """Whether a job of this name can have pods and a service."""
     return bool(_LABEL_1035.fullmatch(text)) and len(text) <= LONGEST_NAME
@@ -183,6 +206,11 @@ def _check_names(block: KubernetesSettings, check: Checks) -> None:
             check(_KEY.fullmatch(key), subject, "must be a label's name: letters, digits, . _ - and a prefix with /")
             good = name == "annotations" or _VALUE.fullmatch(value)
             check(good, subject, "must be letters, digits, . _ and -, at most 63", value=value)
+            rule = "Pod Security 'restricted' does not let an annotation set the profile"
+            check(name != "annotations" or not undoes_confinement(key), subject, rule, "remove it")
+            # The value is not shown.
+            rule = "looks like a secret, which everybody who may read the job would see"
+            check(name == "node_selector" or not is_secret_note(key, value), subject, rule, "kubernetes.secrets")
             taken = name == "labels" and (key.startswith(_OWN_LABELS) or key == "kueue.x-k8s.io/queue-name")
             check(not taken, subject, "is set by the launcher or by Kubernetes", "remove it, or set kubernetes.queue")
     for key, value in {block.gpu_resource: "1", **block.resources}.items():

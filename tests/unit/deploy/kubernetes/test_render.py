@@ -173,6 +173,9 @@ def test_what_an_operator_sets_agrees_with_what_we_set(kind: str) -> None:
     topology, problems = read_topology({**variables(pod), **operator}, gpu_count=4)
     assert problems == []
     assert (topology.nnodes, topology.node_rank, topology.world) == (3, 2, 12)
+    old = {name: value for name, value in operator.items() if not name.startswith("PET_")}
+    _, problems = read_topology({**variables(pod), **old}, gpu_count=4)
+    assert problems[0].subject == "NODE_RANK"  # and not a run on one node
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,6 +8,7 @@ from deploy.kubernetes.settings import Claim, KubernetesSettings, check_kubernet
 from sft_job.jobfile.schema import JobFile, Resources, Retries
 
 CANARY = "c0ffee" * 6
+APPARMOR = "container.apparmor.security.beta.kubernetes.io"
 
 
 def problems(block: dict[str, Any], **job: Any) -> list[Any]:
@@ -60,6 +61,9 @@ def test_what_is_good() -> None:
         ({"labels": {"kueue.x-k8s.io/queue-name": "x"}}, "kubernetes.labels.kueue.x-k8s.io/queue-name"),
         ({"labels": {"a": "b c"}}, "kubernetes.labels.a"),
         ({"annotations": {"a": "line\nline"}}, "kubernetes.annotations.a"),
+        ({"annotations": {"example.org/api-token": CANARY}}, "kubernetes.annotations.example.org/api-token"),
+        ({"labels": {"wandb-api-key": CANARY}}, "kubernetes.labels.wandb-api-key"),
+        ({"annotations": {f"{APPARMOR}/sft-job": "unconfined"}}, f"kubernetes.annotations.{APPARMOR}/sft-job"),
         ({"tolerations": ["a=b:Sometimes"]}, "kubernetes.tolerations[0]"),
         ({"tolerations": ["a:NoSchedule:300"]}, "kubernetes.tolerations[0]"),
         ({"resources": {"memory": "8Gi"}}, "kubernetes.resources.memory"),
