@@ -26,8 +26,11 @@ Node = dict[str, Any]
 """A part of a manifest."""
 
 NAME, INSTANCE, MANAGER = "app.kubernetes.io/name", "app.kubernetes.io/instance", "app.kubernetes.io/managed-by"
+COMPONENT = "app.kubernetes.io/component"
+"""The kind: jobs of two kinds may have one name."""
 QUEUE = "kueue.x-k8s.io/queue-name"
 _APP = "sft-job"
+_NAMESPACE = "SFT_JOB_NAMESPACE"
 _MOST = 2147483647
 # The image's entry point is tini and ``sft-job``. With a look at the nodes before, whose exit code counts, too:
 # tini passes the stop signal to all of them: a shell as the first process would not heed it.
@@ -53,7 +56,7 @@ class Task:
     @property
     def config_map(self) -> str:
         """Name of the ConfigMap: another config has another name, so a job that waits keeps its own."""
-        digest = hashlib.sha256(f"{self.config_name}\0{self.config}".encode()).hexdigest()
+        digest = hashlib.sha256(f"{self.block.kind}\0{self.config_name}\0{self.config}".encode()).hexdigest()
         return f"{self.job.name}-config-{digest[:10]}"
 
 
@@ -70,7 +73,17 @@ def metadata(task: Task, name: str | None = None, **labels: str) -> Node:
 
 def object_labels(task: Task) -> dict[str, str]:
     """Labels of the job, its pods, and what belongs to them."""
-    return {NAME: _APP, INSTANCE: task.job.name, MANAGER: _APP, **task.block.labels}
+    return {**own_labels(task.block.kind, task.job.name), **task.block.labels}
+
+
+def own_labels(kind: str, name: str) -> dict[str, str]:
+    """The labels by which the job's objects are found; together no other application has them."""
+    return {NAME: _APP, INSTANCE: name, MANAGER: _APP, COMPONENT: kind}
+
+
+def job_id(namespace: str, kind: str, name: str) -> str:
+    """``SFT_JOB_ID``, also the id under which a submission is recorded: a namespace and a kind hold no point."""
+    return f"{namespace}.{kind}.{name}"
 
 
 def queue_labels(task: Task) -> dict[str, str]:
@@ -107,7 +120,8 @@ def claim(task: Task) -> Node:
         spec["storageClassName"] = task.block.storage_class
     spec["resources"] = {"requests": {"storage": gibibytes(task.block.checkpoint_size_gib or 0)}}
     about = metadata(task, task.block.checkpoint_claim)
-    del about["labels"][INSTANCE]
+    for label in (INSTANCE, COMPONENT):  # and jobs of any kind may use it
+        del about["labels"][label]
     return {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": about, "spec": spec}
 
 
@@ -203,7 +217,6 @@ def _environment(task: Task, more: list[Node]) -> list[Node]:
     job = task.job
     values = {
         Env.CHECKPOINT_DIR: job.checkpoint_dir,
-        Env.JOB_ID: job.name,
         # The one folder that can be written besides the claims.
         "HOME": SCRATCH,
         "TMPDIR": SCRATCH,
@@ -219,7 +232,12 @@ def _environment(task: Task, more: list[Node]) -> list[Node]:
         for name, reference in task.block.secrets.items()
         if name not in job.environment
     ]
-    return [*({"name": name, "value": plain(value)} for name, value in values.items()), *more, *secrets]
+    # Asked of the pod: manifests may be applied in any namespace. Kubernetes puts the one into the other.
+    own = [
+        {"name": _NAMESPACE, "valueFrom": {"fieldRef": {"fieldPath": "metadata.namespace"}}},
+        {"name": Env.JOB_ID, "value": job_id(f"$({_NAMESPACE})", task.block.kind, job.name)},
+    ]
+    return [*({"name": name, "value": plain(value)} for name, value in values.items()), *own, *more, *secrets]
 
 
 def _resources(task: Task) -> Node:

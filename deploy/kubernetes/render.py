@@ -9,13 +9,12 @@ from typing import Any, cast
 import yaml
 
 from deploy.kubernetes.pods import (
-    INSTANCE,
     Node,
     Task,
     claim,
     config_map,
     metadata,
-    object_labels,
+    own_labels,
     pod_template,
     queue_labels,
     restarts,
@@ -155,7 +154,7 @@ def indexed_job(task: Task) -> list[Node]:
         "spec": {
             "clusterIP": "None",
             "publishNotReadyAddresses": True,
-            "selector": {INSTANCE: object_labels(task)[INSTANCE]},
+            "selector": own_labels(task.block.kind, name),
             "ports": [{"name": "ranks", "port": port}],
         },
     }
@@ -207,19 +206,19 @@ class Kind:
     objects: Callable[[Task], list[Node]]
     resource: str
     pod: str
-    log: str
+    log: tuple[str, ...]
     needs: str
     suspend: str = '{{"spec":{{"suspend":{0}}}}}'
     beside: tuple[str, ...] = ()
 
 
-_FIRST_INDEX = f"--tail=-1 --selector={INSTANCE}={{name}},batch.kubernetes.io/job-completion-index=0"
+_FIRST_INDEX = ("--tail=-1", "--selector={selector},batch.kubernetes.io/job-completion-index=0")
 KINDS: Mapping[str, Kind] = {
     "pytorchjob": Kind(
         pytorch_job,
         "pytorchjobs.kubeflow.org",
         "pod/{name}-master-0",
-        "pod/{name}-master-0",
+        ("pod/{name}-master-0",),
         "Kubeflow's training operator (v1.9)",
         '{{"spec":{{"runPolicy":{{"suspend":{0}}}}}}}',
     ),

@@ -195,6 +195,9 @@ def _check_names(block: KubernetesSettings, check: Checks) -> None:
     space = block.namespace
     good = space is None or (re.fullmatch(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?", space) and len(space) <= 63)
     check(good, "kubernetes.namespace", "must be small letters, digits and -, at most 63", value=space)
+    context = block.context
+    good = context is None or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:/@+=-]{0,252}", context)
+    check(good, "kubernetes.context", "must be letters, digits and . _ : / @ + = -", value=context)
     for at, each in enumerate(block.image_pull_secrets):
         check(_SUBDOMAIN.fullmatch(each), f"kubernetes.image_pull_secrets[{at}]", rule, value=each)
     policies = ("Always", "IfNotPresent", "Never")

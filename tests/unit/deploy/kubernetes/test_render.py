@@ -186,6 +186,21 @@ def test_one_node_needs_no_meeting_place(kind: str) -> None:
     assert check_manifests(found) == []
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_jobs_of_two_kinds_or_namespaces_are_two_jobs(kind: str) -> None:
+    for pod in pods(documents(kind)):
+        found = variables(pod)
+        assert found["SFT_JOB_ID"] == f"$(SFT_JOB_NAMESPACE).{kind}.graph-sft"
+        assert found["SFT_JOB_NAMESPACE"] == {"fieldRef": {"fieldPath": "metadata.namespace"}}
+        assert list(found).index("SFT_JOB_NAMESPACE") < list(found).index("SFT_JOB_ID")  # or it is no value of it
+
+
+def test_the_service_is_for_pods_of_the_job_alone() -> None:
+    (service,) = [each for each in documents("job") if each["kind"] == "Service"]
+    names = ("name", "instance", "managed-by", "component")
+    assert set(service["spec"]["selector"]) == {f"app.kubernetes.io/{name}" for name in names}
+
+
 def test_retries() -> None:
     by_kind = {kind: documents(kind)[-1]["spec"] for kind in KINDS}
     assert by_kind["pytorchjob"]["runPolicy"]["backoffLimit"] == 5
@@ -209,13 +224,14 @@ def test_another_config_has_another_name() -> None:
     one = task("job")
     other = Task(one.job, one.block, one.config_name, one.config + "# more\n")
     assert one.config_map != other.config_map
-    assert one.config_map == task("pytorchjob").config_map
+    assert one.config_map == task("job").config_map
+    assert one.config_map != task("pytorchjob").config_map  # one is deleted, the other stays
 
 
 def test_the_claim_is_not_removed_with_the_job() -> None:
     claim = documents("job")[0]
     assert (claim["kind"], claim["spec"]["resources"]["requests"]["storage"]) == ("PersistentVolumeClaim", "512Mi")
-    assert "app.kubernetes.io/instance" not in claim["metadata"]["labels"]
+    assert not {"app.kubernetes.io/instance", "app.kubernetes.io/component"} & claim["metadata"]["labels"].keys()
     assert all(each["metadata"]["labels"]["app.kubernetes.io/instance"] for each in documents("job")[1:])
 
 

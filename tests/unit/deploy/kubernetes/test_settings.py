@@ -32,6 +32,7 @@ def test_what_is_good() -> None:
     assert subjects({"claims": ["data:/data", "models:/models:ro", "more:/more:rw"]}) == []
     assert subjects({"secrets": {"WANDB_API_KEY": "wandb/api-key"}}, secrets=["WANDB_API_KEY"]) == []
     assert subjects({}, resources=Resources(memory_gib=8, time="7:15")) == []
+    assert subjects({"context": "arn:aws:eks:eu-west-1:123:cluster/ml"}) == []
     assert subjects({"claims": ["data:/data"]}, mounts=["/lustre/data:/data", "/runs/old"]) == []
 
 
@@ -40,6 +41,7 @@ def test_what_is_good() -> None:
     [
         ({"kind": "mpijob"}, "kubernetes.kind"),
         ({"namespace": "Team_1"}, "kubernetes.namespace"),
+        ({"context": "a b; reboot"}, "kubernetes.context"),
         ({"checkpoint_claim": None}, "kubernetes.checkpoint_claim"),
         ({"checkpoint_claim": "Runs"}, "kubernetes.checkpoint_claim"),
         ({"checkpoint_access": "RWX"}, "kubernetes.checkpoint_access"),
