@@ -47,7 +47,8 @@ def ready_made(environ: Mapping[str, str]) -> dict[Path, str]:
             "resources": ["job.yaml"],
             "images": [{"name": name, "newName": name, "newTag": tag}],
         }
-        head = f"{_HEAD}# Edit images here; a namespace may be added: kubectl apply --server-side -k deploy/manifests/{kind}\n"
+        apply = f"kubectl apply --server-side -k deploy/manifests/{kind}"
+        head = f"{_HEAD}# Edit images here; a namespace may be added: {apply}\n"
         files[FOLDER / kind / "kustomization.yaml"] = head + yaml.safe_dump(kustomization, sort_keys=False)
     return files
 

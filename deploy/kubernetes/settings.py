@@ -10,7 +10,7 @@ from sft_job.config.secrets import SecretMask
 from sft_job.errors import Problem
 from sft_job.jobfile.mounts import check_path, parse_mount
 from sft_job.jobfile.schema import JobFile
-from sft_job.jobfile.validate import OURS, Checks, seconds_of, text_problems
+from sft_job.jobfile.validate import MOST_SECONDS, Checks, is_set_by_launcher, seconds_of, text_problems
 
 KINDS = ("pytorchjob", "trainjob", "job")
 """What starts the pods: Kubeflow's training operator, Kubeflow Trainer 2, or Kubernetes alone."""
@@ -27,6 +27,8 @@ CONFIG_FOLDER = "/etc/sft_job"
 """Folders of the container that the manifest makes."""
 LONGEST_NAME = 40
 """So that NAME-worker-999 and NAME-node-0-999-abcde are names of hosts."""
+_MOST_NODES = 1000
+_MOST_GIB = 2**30  # an EiB
 TOLERATION = re.compile(
     r"(?P<key>[A-Za-z0-9][A-Za-z0-9./_-]*)(=(?P<value>[A-Za-z0-9._-]*))?"
     r"(:(?P<effect>NoSchedule|PreferNoSchedule|NoExecute))?(:(?P<seconds>[0-9]{1,9}))?"
@@ -219,7 +221,12 @@ def _check_names(block: KubernetesSettings, check: Checks) -> None:
     for key, value in {block.gpu_resource: "1", **block.resources}.items():
         subject = f"kubernetes.resources.{key}"
         check(_KEY.fullmatch(key), subject, "must be the name of a resource")
-        check(_QUANTITY.fullmatch(value), subject, "must be a quantity, such as 1 or 50Gi", value=value)
+        check(
+            _QUANTITY.fullmatch(value) and len(value) <= 15,
+            subject,
+            "must be a quantity, such as 1 or 50Gi",
+            value=value,
+        )
         fix = "set resources of the job file, which every launcher reads"
         check(key not in ("cpu", "memory"), subject, "has a setting of its own", fix)
 
@@ -277,7 +284,7 @@ def _check_secrets(job: JobFile, block: KubernetesSettings, check: Checks) -> No
         )
         both = name in job.environment
         check(not both, subject, "environment sets this variable too", "keep one of the two")
-        check(name not in OURS, subject, "the launcher sets this variable itself", "remove it")
+        check(not is_set_by_launcher(name), subject, "the launcher sets this variable itself", "remove it")
     for at, name in enumerate(job.secrets):
         rule = "a pod gets secrets from Secrets of its namespace, and none is named for this variable"
         check(name in block.secrets, f"secrets[{at}]", rule, f"kubernetes.secrets: {{{name}: SECRET/KEY}}", name)
@@ -290,13 +297,18 @@ def _check_numbers(job: JobFile, block: KubernetesSettings, check: Checks) -> No
     shared = job.resources.shm_gib
     rule = "must be more than 0: without it /dev/shm has 64 MB, too little for NCCL and for loading data"
     check(shared > 0, "resources.shm_gib", rule, "shm_gib: 16", shared)
-    check(block.user > 0, "kubernetes.user", "must not be root", "user: 10001", block.user)
-    check(block.group >= 0, "kubernetes.group", "must be 0 or more", value=block.group)
-    check(block.scratch_gib > 0, "kubernetes.scratch_gib", "must be more than 0", value=block.scratch_gib)
-    size = block.checkpoint_size_gib
-    check(size is None or size > 0, "kubernetes.checkpoint_size_gib", "must be more than 0", value=size)
+    check.within(1, _MOST_NODES, "resources.nodes", job.resources.nodes)
+    check(block.user != 0, "kubernetes.user", "must not be root", "user: 10001", block.user)
+    check.within(0, MOST_SECONDS, "kubernetes.user", block.user)
+    check.within(0, MOST_SECONDS, "kubernetes.group", block.group)
+    for name in ("scratch_gib", "checkpoint_size_gib"):
+        size = getattr(block, name)
+        rule = f"must be more than 0, and at most {_MOST_GIB}"
+        check(size is None or 0 < size <= _MOST_GIB, f"kubernetes.{name}", rule, value=size)
     check(1024 <= block.master_port <= 65535, "kubernetes.master_port", "must be from 1024 to 65535")
-    check.at_least(0, "kubernetes.ttl_seconds", block.ttl_seconds)
+    check.within(0, MOST_SECONDS, "kubernetes.ttl_seconds", block.ttl_seconds)
+    rule = f"must be at most {MOST_SECONDS - LEAVE_SECONDS}"
+    check(job.grace_seconds <= MOST_SECONDS - LEAVE_SECONDS, "grace_seconds", rule, value=job.grace_seconds)
     rule = "Trainer makes a TrainJob's pods again when their JobSet is removed, and the run with them"
     endless = block.kind == "trainjob" and block.ttl_seconds is not None
     check(not endless, "kubernetes.ttl_seconds", rule, "leave it out for kind trainjob", block.ttl_seconds)
