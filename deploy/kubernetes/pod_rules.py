@@ -198,10 +198,10 @@ def _check_mounts(pod: Pod, documents: Sequence[Node], check: Found) -> None:
         folder = PurePosixPath(values.get(Env.CHECKPOINT_DIR, ""))
         above = [place for place in mounts if folder.is_relative_to(place)]
         mount = mounts[max(above, key=lambda place: len(place.parts))] if above else {}
-        claim = volumes.get(mount.get("name", ""), {}).get("persistentVolumeClaim")
+        volume = volumes.get(mount.get("name", ""), {})
         rule = f"no claim is mounted at {Env.CHECKPOINT_DIR}: what the run saves would be lost with the pod"
-        check(claim is not None, f"{subject}.volumeMounts", rule)
-        claim = claim or {}
+        check("persistentVolumeClaim" in volume, f"{subject}.volumeMounts", rule)
+        claim: Node = volume.get("persistentVolumeClaim", {})
         read = mount.get("readOnly") or claim.get("readOnly") or claim.get("claimName") in only_read
         check(
             not read,
