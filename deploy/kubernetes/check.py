@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
+from deploy.kubernetes.failure_rules import check_failure_rules
 from deploy.kubernetes.pod_rules import NODES, OWN_RANKS, Found, Pod, check_literal, check_pod
 from deploy.kubernetes.pods import QUEUE, Node
-from deploy.kubernetes.render import COMPLETION_INDEX, PERMANENT
-from deploy.kubernetes.settings import is_name
+from deploy.kubernetes.render import COMPLETION_INDEX
+from deploy.kubernetes.settings import is_data_key, is_name, is_secret_note, undoes_confinement
 from deploy.kubernetes.shape import shape_problems
 from sft_job.config.secrets import SecretMask
 from sft_job.contract import Env
@@ -46,6 +47,12 @@ def _subject(document: Any) -> str:
 def _check_document(document: Node, documents: Sequence[Node], check: Found) -> None:
     subject, kind = _subject(document), document["kind"]
     _check_texts(document, subject, check)
+    for name in document["data"] if kind == "ConfigMap" else ():
+        check(
+            is_data_key(name),
+            f"{subject}.data.{name}",
+            "must be letters, digits, '.', '_' and '-', and not begin with ..",
+        )
     named = kind in ("ConfigMap", "PersistentVolumeClaim") or is_name(document["metadata"]["name"])
     check(named, f"{subject}.metadata.name", "must be small letters, digits and -, at most 40")
     if QUEUE in document["metadata"].get("labels", {}):
@@ -60,26 +67,29 @@ def _check_document(document: Node, documents: Sequence[Node], check: Found) -> 
         _check_runtime(document, subject, check)
     elif kind == "Job":
         _check_job(document, documents, subject, check)
-    for pod in _pods(document, subject):
+    for pod in _pods(document, documents, subject):
         check_pod(pod, kind, documents, check)
 
 
-def _pods(document: Node, subject: str) -> Iterator[Pod]:
+def _pods(document: Node, documents: Sequence[Node], subject: str) -> Iterator[Pod]:
     spec, kind = document.get("spec", {}), document["kind"]
     if kind == "PyTorchJob":
         for role, replica in spec["pytorchReplicaSpecs"].items():
             path = f"{subject}.spec.pytorchReplicaSpecs.{role}.template"
-            yield _pod(path, replica["template"], "pytorch", replica["replicas"])
+            nodes = sum(each["replicas"] for each in spec["pytorchReplicaSpecs"].values())
+            yield _pod(path, replica["template"], "pytorch", nodes, spec["nprocPerNode"])
     elif kind == "TrainingRuntime":
+        jobs = (each["spec"]["trainer"] for each in documents if each["kind"] == "TrainJob")
+        ranks = next((str(each["numProcPerNode"]) for each in jobs), "")
         for at, each in enumerate(spec["template"]["spec"]["replicatedJobs"]):
             path = f"{subject}.spec.template.spec.replicatedJobs[{at}].template.spec.template"
-            yield _pod(path, each["template"]["spec"]["template"], "node", spec["mlPolicy"]["numNodes"])
+            yield _pod(path, each["template"]["spec"]["template"], "node", spec["mlPolicy"]["numNodes"], ranks)
     elif kind == "Job":
         yield _pod(f"{subject}.spec.template", spec["template"], "", spec.get("completions", 1))
 
 
-def _pod(path: str, template: Node, container: str, count: int) -> Pod:
-    return Pod(f"{path}.spec", template["spec"], container, count)
+def _pod(path: str, template: Node, container: str, nodes: int, ranks: str = "") -> Pod:
+    return Pod(f"{path}.spec", template["spec"], container, nodes, ranks)
 
 
 def _check_pytorch_job(document: Node, subject: str, check: Found) -> None:
@@ -111,6 +121,11 @@ def _check_train_job(document: Node, documents: Sequence[Node], subject: str, ch
         there = any(each["kind"] == "TrainingRuntime" and each["metadata"]["name"] == ref["name"] for each in documents)
         rule = f"there is no TrainingRuntime {ref['name']} beside it"
         check(there, f"{subject}.spec.runtimeRef.name", rule)
+        for each in documents:
+            if (each["kind"], each["metadata"]["name"]) == ("TrainingRuntime", ref["name"]):
+                nodes = each["spec"]["mlPolicy"]["numNodes"]
+                rule = f"must be the runtime's mlPolicy.numNodes, {nodes}"
+                check(spec["trainer"]["numNodes"] == nodes, f"{subject}.spec.trainer.numNodes", rule)
     for name in ("numNodes", "numProcPerNode"):
         check(spec["trainer"][name] > 0, f"{subject}.spec.trainer.{name}", "must be 1 or more")
     for at, each in enumerate(spec["trainer"].get("env", [])):
@@ -140,9 +155,11 @@ def _check_runtime(document: Node, subject: str, check: Found) -> None:
         step = labels.get("trainer.kubeflow.org/trainjob-ancestor-step")
         check(step == "trainer", f"{path}.replicatedJobs[{at}].template.metadata.labels", rule)
         job = f"{path}.replicatedJobs[{at}].template.spec"
-        _check_failure_policy(each["template"]["spec"], job, check)
+        check_failure_rules(each["template"]["spec"], job, check)
         rule = "Trainer would make the JobSet again, and the run with it"
         check("ttlSecondsAfterFinished" not in each["template"]["spec"], f"{job}.ttlSecondsAfterFinished", rule)
+        rule = "is for a Job that stands alone; Trainer sets the pods, all of which must end with 0"
+        check("successPolicy" not in each["template"]["spec"], f"{job}.successPolicy", rule)
 
 
 def _check_job(document: Node, documents: Sequence[Node], subject: str, check: Found) -> None:
@@ -152,7 +169,10 @@ def _check_job(document: Node, documents: Sequence[Node], subject: str, check: F
     check(spec.get("completionMode") == "Indexed", f"{path}.completionMode", "pods need an index: Indexed")
     same = nodes == spec.get("parallelism", 1) and nodes > 0
     check(same, f"{path}.parallelism", "all nodes must run at once: as many as completions")
-    _check_failure_policy(spec, path, check)
+    check_failure_rules(spec, path, check)
+    done = spec.get("successPolicy")
+    good = done is None or [each.get("succeededIndexes") for each in done["rules"]] == ["0"]
+    check(good, f"{path}.successPolicy", "the run is done when node 0 says so", 'rules: [{succeededIndexes: "0"}]')
     if nodes == 1:
         return
     pod = spec["template"]["spec"]
@@ -177,32 +197,24 @@ def _check_job(document: Node, documents: Sequence[Node], subject: str, check: F
     check(Env.MASTER_PORT in variables, path, f"{Env.MASTER_PORT} is missing")
 
 
-def _check_failure_policy(spec: Node, path: str, check: Found) -> None:
-    policy = spec.get("template", {}).get("spec", {}).get("restartPolicy")
-    rule = "podFailurePolicy sees exit codes only of pods that are never started again in place"
-    check(policy == "Never", f"{path}.template.spec.restartPolicy", rule, "restartPolicy: Never")
-    failing: set[int] = set()
-    ignored = False
-    for each in spec.get("podFailurePolicy", {"rules": []})["rules"]:
-        codes = each.get("onExitCodes", {"operator": "In", "values": []})
-        if each["action"] == "FailJob" and codes["operator"] == "In":
-            failing |= set(codes["values"])
-        ignored |= each["action"] == "Ignore" and any(
-            condition["type"] == "DisruptionTarget" for condition in each.get("onPodConditions", [])
-        )
-    path = f"{path}.podFailurePolicy"
-    rule = f"a job that ends with one of {', '.join(map(str, PERMANENT))} must fail, and with no other code"
-    check(failing == set(PERMANENT), path, rule)
-    check(ignored, path, "pods that make room for others must not count", "Ignore on DisruptionTarget")
-
-
 def _check_texts(value: Any, path: str, check: Found) -> None:
     """Texts that say themselves that they are keys, wherever they stand."""
     if isinstance(value, dict):
         for name, each in cast("Node", value).items():
+            if name in ("annotations", "labels"):
+                _check_notes(each, f"{path}.{name}", check)
             _check_texts(each, f"{path}.{name}", check)
     elif isinstance(value, list):
         for at, each in enumerate(cast("list[Any]", value)):
             _check_texts(each, f"{path}[{at}]", check)
     elif isinstance(value, str):
         check(SecretMask({}).text(value) == value, path, "holds a secret, which has no place in a manifest")
+
+
+def _check_notes(notes: Any, path: str, check: Found) -> None:
+    """Labels and annotations: no secrets, and nothing that takes back what the pod's security context says."""
+    for key, value in cast("Node", notes).items() if isinstance(notes, dict) else ():
+        rule = "Pod Security 'restricted' does not let an annotation set the profile"
+        check(not undoes_confinement(key), f"{path}.{key}", rule, "remove it; securityContext says it")
+        secret = is_secret_note(key, value)
+        check(not secret, f"{path}.{key}", "looks like a secret, which everybody who may read the job would see")

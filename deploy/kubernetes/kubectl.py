@@ -6,6 +6,8 @@ The Python client is not used: it drops unknown fields unless told otherwise, an
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -15,6 +17,10 @@ from sft_job.contract import ExitCode
 from sft_job.errors import JobError
 
 _SECONDS = 120
+_NO_SERVER = re.compile(
+    r"connection to the server|[Uu]nable to connect to the server|dial tcp|couldn't get current server API group list"
+    r"|context .* does not exist|context was not found|no configuration has been provided",
+)
 
 
 class Kubectl:
@@ -26,6 +32,7 @@ class Kubectl:
     """
 
     def __init__(self, context: str | None, namespace: str | None) -> None:
+        self._namespace = namespace
         self._options = [
             *([] if context is None else [f"--context={context}"]),
             *([] if namespace is None else [f"--namespace={namespace}"]),
@@ -33,7 +40,17 @@ class Kubectl:
 
     def line(self, *arguments: str) -> str:
         """A command line for people."""
-        return " ".join(["kubectl", *self._options, *arguments])
+        return shlex.join(["kubectl", *self._options, *arguments])
+
+    def namespace(self) -> str:
+        """The namespace in which objects are made."""
+        if self._namespace is not None:
+            return self._namespace
+        try:
+            found = self._asked(["config", "view", "--minify", "--output=jsonpath={..namespace}"]).strip()
+        except JobError:  # no such file: in a pod
+            found = ""
+        return found if re.fullmatch(r"[a-z0-9-]{1,63}", found) else "default"
 
     def exists(self, resource: str, name: str) -> bool:
         """Whether there is such an object.
@@ -75,6 +92,10 @@ class Kubectl:
         except (OSError, subprocess.TimeoutExpired) as error:
             raise JobError(ExitCode.CONFIG, f"kubectl does not answer: {error}") from error
         if done.returncode != 0:
+            if _NO_SERVER.search(done.stderr):
+                last = done.stderr.strip().splitlines()[-1]
+                fix = "kubectl config get-contexts, then kubernetes.context, or KUBECONFIG; --dry-run needs no cluster"
+                raise JobError(ExitCode.CONFIG, f"kubectl reaches no cluster: {last}\n    fix: {fix}")
             lines = "".join(f"\n    {line}" for line in done.stderr.strip().splitlines()[-20:])
             raise JobError(ExitCode.CONFIG, f"kubectl {arguments[0]} failed:{lines}")
         return done.stdout

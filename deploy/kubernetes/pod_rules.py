@@ -6,10 +6,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import PurePosixPath
 from typing import Any
 
 from deploy.kubernetes.pods import Node
-from deploy.kubernetes.settings import LEAVE_SECONDS, SHM, SINGLE
+from deploy.kubernetes.settings import LEAVE_SECONDS, SCRATCH, SHM, SINGLE
 from sft_job.config.secrets import SecretMask
 from sft_job.contract import Env, ExitCode
 from sft_job.errors import Problem
@@ -47,13 +48,15 @@ class Pod:
         path: where it stands.
         spec: its specification.
         container: name that its container must have; '' = any.
-        count: how many pods it makes.
+        nodes: of the job.
+        ranks: on each node, as its operator is told; '' = no operator.
     """
 
     path: str
     spec: Node
     container: str
-    count: int
+    nodes: int
+    ranks: str = ""
 
     def containers(self) -> Iterator[tuple[str, Node]]:
         """Where each stands, and the container."""
@@ -72,6 +75,7 @@ def check_pod(pod: Pod, kind: str, documents: Sequence[Node], check: Found) -> N
     """
     _check_spec(pod, check)
     _check_variables(pod, kind, check)
+    _check_mounts(pod, documents, check)
     _check_claims(pod, documents, check)
     _check_config(pod, documents, check)
 
@@ -112,6 +116,10 @@ def _check_security(pod: Node, container: Node, path: str, subject: str, check: 
     check(both.get("runAsUser", 0) > 0, f"{path}.securityContext.runAsUser", f"must be set, and not root: {level}")
     profile = both.get("seccompProfile", {}).get("type")
     check(profile is not None, f"{path}.securityContext.seccompProfile", level, "type: RuntimeDefault")
+    for where, context in ((f"{path}.securityContext", pod), (f"{subject}.securityContext", container)):
+        given = context.get("seccompProfile", {})
+        named = (given.get("type") == "Localhost") == bool(given.get("localhostProfile"))
+        check(named, f"{where}.seccompProfile", "localhostProfile goes with the type Localhost, and it with that")
     where = f"{subject}.securityContext"
     escalation = container.get("allowPrivilegeEscalation") is False
     check(escalation, f"{where}.allowPrivilegeEscalation", level, "false")
@@ -156,10 +164,50 @@ def _check_variables(pod: Pod, kind: str, check: Found) -> None:
             check(name not in seen, path, f"{name} is set twice")
             seen.add(name)
             check(("value" in each) != ("valueFrom" in each), path, "must have one of value and valueFrom")
-            reserved = name.startswith("PET_") or name in OWN_RANKS or (kind != "Job" and name in NODES)
+            # Beside an operator's own PET_NNODES, with which the job compares it.
+            same = name == Env.NNODES and each.get("value") == str(pod.nodes)
+            reserved = name.startswith("PET_") or name in OWN_RANKS or (kind != "Job" and name in NODES and not same)
             check(not reserved, path, f"{name} is set by the operator, or by the job for its ranks", "remove it")
             check_literal(each, path, check)
         check(Env.CHECKPOINT_DIR in seen, f"{subject}.env", f"{Env.CHECKPOINT_DIR} is missing")
+        values = {each["name"]: each.get("value", "") for each in container.get("env", [])}
+        ranks = values.get(Env.NPROC_PER_NODE, pod.ranks)
+        differ = pod.ranks.isdecimal() and ranks.isdecimal() and pod.ranks != ranks
+        check(not differ, f"{subject}.env", f"{Env.NPROC_PER_NODE} is {ranks}, and the operator is told {pod.ranks}")
+
+
+def _check_mounts(pod: Pod, documents: Sequence[Node], check: Found) -> None:
+    """No place twice, and a place to write for the job's files and for its caches."""
+    volumes = {each["name"]: each for each in pod.spec.get("volumes", [])}
+    only_read = {
+        each["metadata"]["name"]
+        for each in documents
+        if each["kind"] == "PersistentVolumeClaim" and {*each["spec"]["accessModes"]} <= {"ReadOnlyMany"}
+    }
+    for subject, container in pod.containers():
+        mounts: dict[PurePosixPath, Node] = {}
+        for at, each in enumerate(container.get("volumeMounts", [])):
+            place = PurePosixPath(each["mountPath"])
+            check(place not in mounts, f"{subject}.volumeMounts[{at}].mountPath", f"{place} is mounted twice")
+            mounts[place] = each
+        scratch = mounts.get(PurePosixPath(SCRATCH), {})
+        good = "emptyDir" in volumes.get(scratch.get("name", ""), {}) and not scratch.get("readOnly")
+        rule = f"the root cannot be written, so the job needs an emptyDir at {SCRATCH}"
+        check(good, f"{subject}.volumeMounts", rule, "{name: scratch, mountPath: " + SCRATCH + "}")
+        values = {each["name"]: each.get("value", "") for each in container.get("env", [])}
+        folder = PurePosixPath(values.get(Env.CHECKPOINT_DIR, ""))
+        above = [place for place in mounts if folder.is_relative_to(place)]
+        mount = mounts[max(above, key=lambda place: len(place.parts))] if above else {}
+        volume = volumes.get(mount.get("name", ""), {})
+        rule = f"no claim is mounted at {Env.CHECKPOINT_DIR}: what the run saves would be lost with the pod"
+        check("persistentVolumeClaim" in volume, f"{subject}.volumeMounts", rule)
+        claim: Node = volume.get("persistentVolumeClaim", {})
+        read = mount.get("readOnly") or claim.get("readOnly") or claim.get("claimName") in only_read
+        check(
+            not read,
+            f"{subject}.volumeMounts",
+            f"the claim at {Env.CHECKPOINT_DIR} is read-only, and the run saves there",
+        )
 
 
 def check_literal(variable: Node, path: str, check: Found) -> None:
@@ -181,8 +229,7 @@ def _check_claims(pod: Pod, documents: Sequence[Node], check: Found) -> None:
         for each in documents
         if each["kind"] == "PersistentVolumeClaim" and not {*each["spec"]["accessModes"]} - {*SINGLE}
     }
-    several = pod.count > 1 or pod.path.partition(".spec.pytorchReplicaSpecs.")[2].startswith("Worker")
-    for name in sorted(used & single if several else set[str]()):
+    for name in sorted(used & single if pod.nodes > 1 else set[str]()):
         rule = f"several nodes use the claim {name}, which one node alone can use"
         check(False, f"{pod.path}.volumes", rule, "accessModes: [ReadWriteMany]")
 

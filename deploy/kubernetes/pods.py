@@ -16,6 +16,7 @@ from deploy.kubernetes.settings import (
     TOLERATION,
     KubernetesSettings,
     parse_claim,
+    wall_seconds,
 )
 from sft_job.contract import Env
 from sft_job.jobfile.schema import JobFile
@@ -25,8 +26,11 @@ Node = dict[str, Any]
 """A part of a manifest."""
 
 NAME, INSTANCE, MANAGER = "app.kubernetes.io/name", "app.kubernetes.io/instance", "app.kubernetes.io/managed-by"
+COMPONENT = "app.kubernetes.io/component"
+"""The kind: jobs of two kinds may have one name."""
 QUEUE = "kueue.x-k8s.io/queue-name"
 _APP = "sft-job"
+_NAMESPACE = "SFT_JOB_NAMESPACE"
 _MOST = 2147483647
 # The image's entry point is tini and ``sft-job``. With a look at the nodes before, whose exit code counts, too:
 # tini passes the stop signal to all of them: a shell as the first process would not heed it.
@@ -52,7 +56,7 @@ class Task:
     @property
     def config_map(self) -> str:
         """Name of the ConfigMap: another config has another name, so a job that waits keeps its own."""
-        digest = hashlib.sha256(f"{self.config_name}\0{self.config}".encode()).hexdigest()
+        digest = hashlib.sha256(f"{self.block.kind}\0{self.config_name}\0{self.config}".encode()).hexdigest()
         return f"{self.job.name}-config-{digest[:10]}"
 
 
@@ -69,7 +73,17 @@ def metadata(task: Task, name: str | None = None, **labels: str) -> Node:
 
 def object_labels(task: Task) -> dict[str, str]:
     """Labels of the job, its pods, and what belongs to them."""
-    return {NAME: _APP, INSTANCE: task.job.name, MANAGER: _APP, **task.block.labels}
+    return {**own_labels(task.block.kind, task.job.name), **task.block.labels}
+
+
+def own_labels(kind: str, name: str) -> dict[str, str]:
+    """The labels by which the job's objects are found; together no other application has them."""
+    return {NAME: _APP, INSTANCE: name, MANAGER: _APP, COMPONENT: kind}
+
+
+def job_id(namespace: str, kind: str, name: str) -> str:
+    """``SFT_JOB_ID``, also the id under which a submission is recorded: a namespace and a kind hold no point."""
+    return f"{namespace}.{kind}.{name}"
 
 
 def queue_labels(task: Task) -> dict[str, str]:
@@ -106,7 +120,8 @@ def claim(task: Task) -> Node:
         spec["storageClassName"] = task.block.storage_class
     spec["resources"] = {"requests": {"storage": gibibytes(task.block.checkpoint_size_gib or 0)}}
     about = metadata(task, task.block.checkpoint_claim)
-    del about["labels"][INSTANCE]
+    for label in (INSTANCE, COMPONENT):  # and jobs of any kind may use it
+        del about["labels"][label]
     return {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": about, "spec": spec}
 
 
@@ -140,8 +155,8 @@ def pod_template(task: Task, container: str, more: list[Node], port_name: str, p
         },
     }
     seconds = seconds_of(job.resources.time or "")
-    if seconds is not None:  # of this pod, not of the job: a start that ran out of time is followed by another one
-        spec["activeDeadlineSeconds"] = seconds - job.grace_seconds - LEAVE_SECONDS
+    if seconds is not None:  # the hard end of this pod, should the run not have ended by itself before (_command)
+        spec["activeDeadlineSeconds"] = seconds
     for name, value in (
         ("serviceAccountName", block.service_account),
         ("priorityClassName", block.priority_class),
@@ -186,7 +201,13 @@ def plain(text: str) -> str:
 
 
 def _command(task: Task) -> Node:
-    arguments = [str(PurePosixPath(CONFIG_FOLDER) / task.config_name), *map(plain, task.job.overrides)]
+    overrides = list(task.job.overrides)
+    seconds = seconds_of(task.job.resources.time or "")
+    if seconds is not None:
+        # So that a start which comes no further counts for the breaker: a pod's own deadline is a stop signal, as a
+        # preemption is, and those do not count. Before the user's own overrides, which count for more.
+        overrides.insert(0, f"trainer.max_wall_seconds={wall_seconds(task.job, seconds)}")
+    arguments = [str(PurePosixPath(CONFIG_FOLDER) / task.config_name), *map(plain, overrides)]
     if task.job.preflight:
         return {"command": ["tini", "-g", "--", "sh", "-c", plain(_PREFLIGHT), "sft-job"], "args": arguments}
     return {"args": ["train", *arguments]}
@@ -196,7 +217,6 @@ def _environment(task: Task, more: list[Node]) -> list[Node]:
     job = task.job
     values = {
         Env.CHECKPOINT_DIR: job.checkpoint_dir,
-        Env.JOB_ID: job.name,
         # The one folder that can be written besides the claims.
         "HOME": SCRATCH,
         "TMPDIR": SCRATCH,
@@ -212,7 +232,12 @@ def _environment(task: Task, more: list[Node]) -> list[Node]:
         for name, reference in task.block.secrets.items()
         if name not in job.environment
     ]
-    return [*({"name": name, "value": plain(value)} for name, value in values.items()), *more, *secrets]
+    # Asked of the pod: manifests may be applied in any namespace. Kubernetes puts the one into the other.
+    own = [
+        {"name": _NAMESPACE, "valueFrom": {"fieldRef": {"fieldPath": "metadata.namespace"}}},
+        {"name": Env.JOB_ID, "value": job_id(f"$({_NAMESPACE})", task.block.kind, job.name)},
+    ]
+    return [*({"name": name, "value": plain(value)} for name, value in values.items()), *own, *more, *secrets]
 
 
 def _resources(task: Task) -> Node:

@@ -44,11 +44,11 @@ def ready_made(environ: Mapping[str, str]) -> dict[Path, str]:
         kustomization = {
             "apiVersion": "kustomize.config.k8s.io/v1beta1",
             "kind": "Kustomization",
-            "namespace": "default",
             "resources": ["job.yaml"],
             "images": [{"name": name, "newName": name, "newTag": tag}],
         }
-        head = f"{_HEAD}# Edit namespace and images here: kubectl apply --server-side -k deploy/manifests/{kind}\n"
+        apply = f"kubectl apply --server-side -k deploy/manifests/{kind}"
+        head = f"{_HEAD}# Edit images here; a namespace may be added: {apply}\n"
         files[FOLDER / kind / "kustomization.yaml"] = head + yaml.safe_dump(kustomization, sort_keys=False)
     return files
 

@@ -9,13 +9,12 @@ from typing import Any, cast
 import yaml
 
 from deploy.kubernetes.pods import (
-    INSTANCE,
     Node,
     Task,
     claim,
     config_map,
     metadata,
-    object_labels,
+    own_labels,
     pod_template,
     queue_labels,
     restarts,
@@ -43,7 +42,7 @@ def to_yaml(objects: list[Node]) -> str:
 
 def pytorch_job(task: Task) -> list[Node]:
     """``kubeflow.org/v1``: the operator sets MASTER_*, RANK (here the pod's index), WORLD_SIZE and PET_*."""
-    template = pod_template(task, "pytorch", [], "pytorchjob-port", task.block.master_port)
+    template = pod_template(task, "pytorch", _nodes(task), "pytorchjob-port", task.block.master_port)
     # ExitCode: 1 to 127 ends the job, what is above starts the pod again. It would retry for ever: the operator does
     # not look at backoffLimit then. The breaker in the run folder ends that with 86.
     replica = {"restartPolicy": "ExitCode", "template": template}
@@ -67,12 +66,12 @@ def train_job(task: Task) -> list[Node]:
 
     Trainer sets PET_* and the number of pods. A pod that was lost ends the child Job, and the JobSet starts all again.
     """
-    template = pod_template(task, "node", [], "ranks", TRAINER_PORT, restartPolicy="Never")
+    template = pod_template(task, "node", _nodes(task), "ranks", TRAINER_PORT, restartPolicy="Never")
     container = template["spec"]["containers"][0]
     arguments = container.pop("args")
     child: Node = {
         "backoffLimit": 0,
-        "podFailurePolicy": pod_failure_policy(),
+        "podFailurePolicy": pod_failure_policy("node"),
         "template": template,
     }
     step = {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
@@ -140,7 +139,9 @@ def indexed_job(task: Task) -> list[Node]:
         "parallelism": nodes,
         # One lost pod ends all of a start, and each of them counts.
         "backoffLimit": restarts(task, nodes),
-        "podFailurePolicy": pod_failure_policy(),
+        "podFailurePolicy": pod_failure_policy("sft-job"),
+        # The run is done when node 0 says so; a node lost in that moment would wait for it in vain.
+        **({"successPolicy": {"rules": [{"succeededIndexes": "0"}]}} if nodes > 1 else {}),
         "suspend": suspended(task),
         "template": template,
     }
@@ -153,7 +154,7 @@ def indexed_job(task: Task) -> list[Node]:
         "spec": {
             "clusterIP": "None",
             "publishNotReadyAddresses": True,
-            "selector": {INSTANCE: object_labels(task)[INSTANCE]},
+            "selector": own_labels(task.block.kind, name),
             "ports": [{"name": "ranks", "port": port}],
         },
     }
@@ -161,15 +162,31 @@ def indexed_job(task: Task) -> list[Node]:
     return [service, {"apiVersion": "batch/v1", "kind": "Job", "metadata": about, "spec": spec}]
 
 
-def pod_failure_policy() -> Node:
-    """What becomes of a Job after a pod's end: over after codes that would come again; a stop counts for nothing."""
+def pod_failure_policy(container: str) -> Node:
+    """What becomes of a Job after a pod's end: over after codes that would come again; a stop counts for nothing.
+
+    Args:
+        container: whose codes they are: what a cluster adds to the pod has codes of its own.
+    """
     return {
         "rules": [
-            {"action": "FailJob", "onExitCodes": {"operator": "In", "values": list(PERMANENT)}},
+            {
+                "action": "FailJob",
+                "onExitCodes": {"containerName": container, "operator": "In", "values": list(PERMANENT)},
+            },
             {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-            {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [int(ExitCode.STOPPED)]}},
+            {
+                "action": "Ignore",
+                "onExitCodes": {"containerName": container, "operator": "In", "values": [int(ExitCode.STOPPED)]},
+            },
         ]
     }
+
+
+def _nodes(task: Task) -> list[Node]:
+    """Beside the operator's PET_NNODES; without that the job would refuse to start, and not train node by node."""
+    nodes = task.job.resources.nodes
+    return [{"name": Env.NNODES, "value": str(nodes)}] if nodes > 1 else []
 
 
 @dataclass(frozen=True)
@@ -189,19 +206,19 @@ class Kind:
     objects: Callable[[Task], list[Node]]
     resource: str
     pod: str
-    log: str
+    log: tuple[str, ...]
     needs: str
     suspend: str = '{{"spec":{{"suspend":{0}}}}}'
     beside: tuple[str, ...] = ()
 
 
-_FIRST_INDEX = f"--tail=-1 --selector={INSTANCE}={{name}},batch.kubernetes.io/job-completion-index=0"
+_FIRST_INDEX = ("--tail=-1", "--selector={selector},batch.kubernetes.io/job-completion-index=0")
 KINDS: Mapping[str, Kind] = {
     "pytorchjob": Kind(
         pytorch_job,
         "pytorchjobs.kubeflow.org",
         "pod/{name}-master-0",
-        "pod/{name}-master-0",
+        ("pod/{name}-master-0",),
         "Kubeflow's training operator (v1.9)",
         '{{"spec":{{"runPolicy":{{"suspend":{0}}}}}}}',
     ),

@@ -10,12 +10,14 @@ from sft_job.config.secrets import SecretMask
 from sft_job.errors import Problem
 from sft_job.jobfile.mounts import check_path, parse_mount
 from sft_job.jobfile.schema import JobFile
-from sft_job.jobfile.validate import OURS, Checks, seconds_of, text_problems
+from sft_job.jobfile.validate import MOST_SECONDS, Checks, is_set_by_launcher, seconds_of, text_problems
 
 KINDS = ("pytorchjob", "trainjob", "job")
 """What starts the pods: Kubeflow's training operator, Kubeflow Trainer 2, or Kubernetes alone."""
 LEAVE_SECONDS = 15
 """Between the end of the job's own grace and the kill: for the nodes to agree and to leave."""
+SHORTEST_START = 300
+"""Seconds that a time limit must leave to a start."""
 SHARED = ("ReadWriteMany",)
 SINGLE = ("ReadWriteOnce", "ReadWriteOncePod")
 """Access modes of a claim in which several nodes can write, and in which one can."""
@@ -25,6 +27,8 @@ CONFIG_FOLDER = "/etc/sft_job"
 """Folders of the container that the manifest makes."""
 LONGEST_NAME = 40
 """So that NAME-worker-999 and NAME-node-0-999-abcde are names of hosts."""
+_MOST_NODES = 1000
+_MOST_GIB = 2**30  # an EiB
 TOLERATION = re.compile(
     r"(?P<key>[A-Za-z0-9][A-Za-z0-9./_-]*)(=(?P<value>[A-Za-z0-9._-]*))?"
     r"(:(?P<effect>NoSchedule|PreferNoSchedule|NoExecute))?(:(?P<seconds>[0-9]{1,9}))?"
@@ -36,7 +40,14 @@ _KEY = re.compile(r"([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0
 _VALUE = re.compile(r"([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?")
 _SECRET = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/[A-Za-z0-9._-]{1,253}")
 _QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?")
-_OWN_LABELS = ("app.kubernetes.io/", "batch.kubernetes.io/", "jobset.sigs.k8s.io/", "training.kubeflow.org/")
+_CONFINEMENT = ("container.apparmor.security.", "seccomp.security.alpha.", "container.seccomp.security.alpha.")
+_OWN_LABELS = (
+    "trainer.kubeflow.org/",
+    "app.kubernetes.io/",
+    "batch.kubernetes.io/",
+    "jobset.sigs.k8s.io/",
+    "training.kubeflow.org/",
+)
 
 
 @dataclass
@@ -130,6 +141,27 @@ def parse_claim(text: str) -> Claim:
     return Claim(name, str(PurePosixPath(path)), mode == "rw")
 
 
+def wall_seconds(job: JobFile, limit: int) -> int:
+    """``trainer.max_wall_seconds`` of a start with this time limit: the pod's own deadline stays behind it."""
+    return limit - job.grace_seconds - LEAVE_SECONDS
+
+
+def is_data_key(text: str) -> bool:
+    """Whether a ConfigMap can hold a file of this name."""
+    return bool(re.fullmatch(r"[A-Za-z0-9._-]{1,253}", text)) and text != "." and not text.startswith("..")
+
+
+def undoes_confinement(key: str) -> bool:
+    """Whether an annotation of this name sets a profile in place of the pod's own."""
+    return key.partition("/")[0].startswith(_CONFINEMENT)
+
+
+def is_secret_note(key: str, value: str) -> bool:
+    """Whether a label or annotation holds a secret, as its name or its value says."""
+    name = re.sub(r"[^A-Za-z0-9]", "_", key.rpartition("/")[2])
+    return SecretMask({name: value}).text(value) != value
+
+
 def is_name(text: str) -> bool:
     """Whether a job of this name can have pods and a service."""
     return bool(_LABEL_1035.fullmatch(text)) and len(text) <= LONGEST_NAME
@@ -165,6 +197,9 @@ def _check_names(block: KubernetesSettings, check: Checks) -> None:
     space = block.namespace
     good = space is None or (re.fullmatch(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?", space) and len(space) <= 63)
     check(good, "kubernetes.namespace", "must be small letters, digits and -, at most 63", value=space)
+    context = block.context
+    good = context is None or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:/@+=-]{0,252}", context)
+    check(good, "kubernetes.context", "must be letters, digits and . _ : / @ + = -", value=context)
     for at, each in enumerate(block.image_pull_secrets):
         check(_SUBDOMAIN.fullmatch(each), f"kubernetes.image_pull_secrets[{at}]", rule, value=each)
     policies = ("Always", "IfNotPresent", "Never")
@@ -176,12 +211,22 @@ def _check_names(block: KubernetesSettings, check: Checks) -> None:
             check(_KEY.fullmatch(key), subject, "must be a label's name: letters, digits, . _ - and a prefix with /")
             good = name == "annotations" or _VALUE.fullmatch(value)
             check(good, subject, "must be letters, digits, . _ and -, at most 63", value=value)
+            rule = "Pod Security 'restricted' does not let an annotation set the profile"
+            check(name != "annotations" or not undoes_confinement(key), subject, rule, "remove it")
+            # The value is not shown.
+            rule = "looks like a secret, which everybody who may read the job would see"
+            check(name == "node_selector" or not is_secret_note(key, value), subject, rule, "kubernetes.secrets")
             taken = name == "labels" and (key.startswith(_OWN_LABELS) or key == "kueue.x-k8s.io/queue-name")
             check(not taken, subject, "is set by the launcher or by Kubernetes", "remove it, or set kubernetes.queue")
     for key, value in {block.gpu_resource: "1", **block.resources}.items():
         subject = f"kubernetes.resources.{key}"
         check(_KEY.fullmatch(key), subject, "must be the name of a resource")
-        check(_QUANTITY.fullmatch(value), subject, "must be a quantity, such as 1 or 50Gi", value=value)
+        check(
+            _QUANTITY.fullmatch(value) and len(value) <= 15,
+            subject,
+            "must be a quantity, such as 1 or 50Gi",
+            value=value,
+        )
         fix = "set resources of the job file, which every launcher reads"
         check(key not in ("cpu", "memory"), subject, "has a setting of its own", fix)
 
@@ -239,7 +284,7 @@ def _check_secrets(job: JobFile, block: KubernetesSettings, check: Checks) -> No
         )
         both = name in job.environment
         check(not both, subject, "environment sets this variable too", "keep one of the two")
-        check(name not in OURS, subject, "the launcher sets this variable itself", "remove it")
+        check(not is_set_by_launcher(name), subject, "the launcher sets this variable itself", "remove it")
     for at, name in enumerate(job.secrets):
         rule = "a pod gets secrets from Secrets of its namespace, and none is named for this variable"
         check(name in block.secrets, f"secrets[{at}]", rule, f"kubernetes.secrets: {{{name}: SECRET/KEY}}", name)
@@ -252,13 +297,18 @@ def _check_numbers(job: JobFile, block: KubernetesSettings, check: Checks) -> No
     shared = job.resources.shm_gib
     rule = "must be more than 0: without it /dev/shm has 64 MB, too little for NCCL and for loading data"
     check(shared > 0, "resources.shm_gib", rule, "shm_gib: 16", shared)
-    check(block.user > 0, "kubernetes.user", "must not be root", "user: 10001", block.user)
-    check(block.group >= 0, "kubernetes.group", "must be 0 or more", value=block.group)
-    check(block.scratch_gib > 0, "kubernetes.scratch_gib", "must be more than 0", value=block.scratch_gib)
-    size = block.checkpoint_size_gib
-    check(size is None or size > 0, "kubernetes.checkpoint_size_gib", "must be more than 0", value=size)
+    check.within(1, _MOST_NODES, "resources.nodes", job.resources.nodes)
+    check(block.user != 0, "kubernetes.user", "must not be root", "user: 10001", block.user)
+    check.within(0, MOST_SECONDS, "kubernetes.user", block.user)
+    check.within(0, MOST_SECONDS, "kubernetes.group", block.group)
+    for name in ("scratch_gib", "checkpoint_size_gib"):
+        size = getattr(block, name)
+        rule = f"must be more than 0, and at most {_MOST_GIB}"
+        check(size is None or 0 < size <= _MOST_GIB, f"kubernetes.{name}", rule, value=size)
     check(1024 <= block.master_port <= 65535, "kubernetes.master_port", "must be from 1024 to 65535")
-    check.at_least(0, "kubernetes.ttl_seconds", block.ttl_seconds)
+    check.within(0, MOST_SECONDS, "kubernetes.ttl_seconds", block.ttl_seconds)
+    rule = f"must be at most {MOST_SECONDS - LEAVE_SECONDS}"
+    check(job.grace_seconds <= MOST_SECONDS - LEAVE_SECONDS, "grace_seconds", rule, value=job.grace_seconds)
     rule = "Trainer makes a TrainJob's pods again when their JobSet is removed, and the run with them"
     endless = block.kind == "trainjob" and block.ttl_seconds is not None
     check(not endless, "kubernetes.ttl_seconds", rule, "leave it out for kind trainjob", block.ttl_seconds)
@@ -268,6 +318,11 @@ def _check_numbers(job: JobFile, block: KubernetesSettings, check: Checks) -> No
         value = getattr(job.retries, name)
         check(value is None, f"retries.{name}", rule, fix, value)
     seconds = seconds_of(job.resources.time or "")
-    rule = f"is not longer than grace_seconds and {LEAVE_SECONDS} s to leave: every start would end at once"
-    short = seconds is not None and job.grace_seconds <= seconds <= job.grace_seconds + LEAVE_SECONDS
-    check(not short, "resources.time", rule, "a longer time, or smaller grace_seconds", job.resources.time)
+    if seconds is None or seconds <= job.grace_seconds:
+        return  # said by the job file's own rules
+    left = wall_seconds(job, seconds)
+    rule = (
+        f"leaves {left} s for each start, less grace_seconds and {LEAVE_SECONDS} s to leave; {SHORTEST_START} or more "
+        "are needed: pulling the image and loading the model happen in them"
+    )
+    check(left >= SHORTEST_START, "resources.time", rule, "a longer time, or smaller grace_seconds", job.resources.time)

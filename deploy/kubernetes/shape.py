@@ -129,6 +129,7 @@ _JOB: Shape = {
         ]
     },
     "podReplacementPolicy": ("Failed", "TerminatingOrFailed"),
+    "successPolicy": {"rules!": [{"succeededIndexes": str, "succeededCount": int}]},
     "suspend": bool,
     "template!": _TEMPLATE,
     "ttlSecondsAfterFinished": int,

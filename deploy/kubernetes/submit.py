@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 
 import yaml
 
 from deploy.kubernetes.check import check_manifests
 from deploy.kubernetes.kubectl import Kubectl
-from deploy.kubernetes.pods import INSTANCE, Node, Task, suspended
+from deploy.kubernetes.pods import Node, Task, job_id, own_labels, suspended
 from deploy.kubernetes.render import KINDS, render, to_yaml
-from deploy.kubernetes.settings import SINGLE, KubernetesSettings, check_kubernetes, parse_claim
+from deploy.kubernetes.settings import SINGLE, KubernetesSettings, check_kubernetes, is_data_key, parse_claim
 from sft_job.config.secrets import SecretMask
 from sft_job.contract import DEFAULT_CONFIG_NAME, Env, ExitCode, RunFolder
 from sft_job.errors import JobError, Problem, raise_problems
@@ -97,7 +96,7 @@ def make_task(loaded: LoadedJob[KubernetesSettings], environ: Mapping[str, str],
         problems += more
     raise_problems(problems)
     name = config.name
-    return Task(job, block, name if re.fullmatch(r"[A-Za-z0-9._-]+", name) else DEFAULT_CONFIG_NAME, text), notes
+    return Task(job, block, name if is_data_key(name) else DEFAULT_CONFIG_NAME, text), notes
 
 
 def job_variables(job: JobFile, block: KubernetesSettings) -> dict[str, str]:
@@ -153,23 +152,39 @@ def _look_at_cluster(kubectl: Kubectl, loaded: LoadedJob[KubernetesSettings], ta
             raise
         fix = f"install {kind.needs}, or --kind job, which needs no operator"
         raise JobError(error.code, f"the cluster has no {kind.resource}\n    fix: {fix}") from error
-    if taken:
-        rule = "the cluster has a job of this name"
-        remove = kubectl.line("delete", kind.resource, name)
+    others = [each.resource for each in KINDS.values() if each is not kind]
+    there = kind.resource if taken else next((each for each in others if _is_there(kubectl, each, name)), None)
+    if there is not None:  # of another kind, too: pods and services would have one name
+        rule = f"the cluster has a job of this name ({there})"
+        remove = kubectl.line("delete", there, name)
         fix = f"another name; or {remove}, then submit again: the run goes on from its checkpoint"
         raise_problems([Problem(ExitCode.CONFIG, "name", rule, fix, name, loaded.origin("name"))])
     block = task.block
+    written = {"kubernetes.checkpoint_claim"}
     wanted = {"kubernetes.checkpoint_claim": block.checkpoint_claim or ""}
     if block.checkpoint_size_gib is not None:
         wanted = {}
     for at, each in enumerate(block.claims):
-        wanted[f"kubernetes.claims[{at}]"] = parse_claim(each).name
+        subject, given = f"kubernetes.claims[{at}]", parse_claim(each)
+        wanted[subject] = given.name
+        if given.writable:
+            written.add(subject)
     found = kubectl.objects("persistentvolumeclaims", sorted(set(wanted.values()))) if wanted else {}
-    problems = [] if found is None else _claim_problems(wanted, found, task.job.resources.nodes)
+    problems = [] if found is None else _claim_problems(wanted, found, written, task.job.resources.nodes)
     raise_problems([dataclasses.replace(each, origin=loaded.origin(each.subject)) for each in problems])
 
 
-def _claim_problems(wanted: Mapping[str, str], found: Mapping[str, Node], nodes: int) -> list[Problem]:
+def _is_there(kubectl: Kubectl, resource: str, name: str) -> bool:
+    """Whether there is a job of another kind; not where the cluster does not know it, or we may not look."""
+    try:
+        return kubectl.exists(resource, name)
+    except JobError:
+        return False
+
+
+def _claim_problems(
+    wanted: Mapping[str, str], found: Mapping[str, Node], written: Set[str], nodes: int
+) -> list[Problem]:
     problems: list[Problem] = []
     for subject, name in wanted.items():
         if name not in found:
@@ -178,7 +193,10 @@ def _claim_problems(wanted: Mapping[str, str], found: Mapping[str, Node], nodes:
             problems.append(Problem(ExitCode.CONFIG, subject, rule, fix, name))
             continue
         modes = {*found[name].get("spec", {}).get("accessModes", [])}
-        if nodes > 1 and modes and not modes - {*SINGLE}:
+        if modes and not modes - {"ReadOnlyMany"} and subject in written:
+            rule = "the run writes there, and its access mode is ReadOnlyMany"
+            problems.append(Problem(ExitCode.CONFIG, subject, rule, "a claim with ReadWriteMany", name))
+        elif nodes > 1 and modes and not modes - {*SINGLE}:
             rule = f"{nodes} nodes use it, and its access mode is {', '.join(sorted(modes))}"
             problems.append(Problem(ExitCode.CONFIG, subject, rule, "a claim with ReadWriteMany, or one node", name))
     return problems
@@ -187,7 +205,10 @@ def _claim_problems(wanted: Mapping[str, str], found: Mapping[str, Node], nodes:
 def _remember(kubectl: Kubectl, task: Task, environ: Mapping[str, str], show: Show) -> None:
     """Record the submission, and say what people do next."""
     job, kind = task.job, KINDS[task.block.kind]
-    pod, log = kind.pod.format(name=job.name), kind.log.format(name=job.name)
+    selector = ",".join(f"{label}={value}" for label, value in own_labels(task.block.kind, job.name).items())
+    pod = kind.pod.format(name=job.name)
+    log = [each.format(name=job.name, selector=selector) for each in kind.log]
+    own_id = job_id(kubectl.namespace(), task.block.kind, job.name)
     ask = kubectl.line("exec", pod, "--", "sft-job", "status")
     run = RunFolder(Path(job.checkpoint_dir) / "sft")
     ranks = f"{job.resources.nodes} node(s), {job.ranks_per_node} rank(s) on each"
@@ -196,21 +217,22 @@ def _remember(kubectl: Kubectl, task: Task, environ: Mapping[str, str], show: Sh
         show(f"it waits in Kueue's queue {task.block.queue}: {kubectl.line('get', 'workloads')}")
     elif suspended(task):
         show(f"it is suspended; start it: {_patch(kubectl, task, 'false')}")
-    show(f"log: {kubectl.line('logs', '--follow', log)}")
+    show(f"log: {kubectl.line('logs', '--follow', *log)}")
     show(f"run folder: {run.root} on the claim {task.block.checkpoint_claim}")
     show(f"how it stands: {ask}")
     try:
         place = f"the claim {task.block.checkpoint_claim}"
-        record("kubernetes", job.name, run.root, environ=environ, ask=ask, place=place)
+        record("kubernetes", own_id, run.root, environ=environ, ask=ask, place=place)
+        show(f"what is known of it here: sft-job status {own_id}")
     except JobError as error:  # the job is submitted all the same
-        show(f"(sft-job status {job.name} does not know it: {error})")
+        show(f"(sft-job status {own_id} does not know it: {error})")
     if task.block.queue is None:
         show(f"stop it for a while (it saves first): {_patch(kubectl, task, 'true')}")
     kinds = ",".join((kind.resource, "configmaps", *kind.beside))
-    show(f"stop it for good (it saves first): {kubectl.line('delete', kinds, f'--selector={INSTANCE}={job.name}')}")
+    show(f"stop it for good (it saves first): {kubectl.line('delete', kinds, f'--selector={selector}')}")
 
 
 def _patch(kubectl: Kubectl, task: Task, value: str) -> str:
     kind = KINDS[task.block.kind]
-    patch = f"--patch='{kind.suspend.format(value)}'"
+    patch = f"--patch={kind.suspend.format(value)}"
     return kubectl.line("patch", kind.resource, task.job.name, "--type=merge", patch)

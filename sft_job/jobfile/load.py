@@ -211,8 +211,10 @@ class _Reader:
             section = section.rpartition(".")[0]
         known = {*self.fields, *section_paths(self.fields)} - {""}
         names = sorted({each.rpartition(".")[2] for each in known if each.rpartition(".")[0] == section})
-        word = key.rpartition(".")[2]
+        word, point, rest = key.removeprefix(f"{section}." if section else "").partition(".")
         close = next((each for each in names if each.startswith(word)), None) or nearest(word, names)
+        if close and point and self._owner(f"{join(section, close)}.{rest}") is not None:
+            close = f"{close}.{rest}"
         legal = ", ".join(names)
         place = f"below {section}" if section else "at the top level"
         return (f"did you mean {join(section, close)}? " if close else "") + f"{place} there are: {legal}"

@@ -40,12 +40,28 @@ _OURS = (
     Env.JOB_ID,
     Env.END_TIME,
     Env.GPUS_PER_NODE,
+    Env.REPORT_DIR,
+    Env.LOCK,
+    Env.DEADLINE,
+    Env.SUPERVISOR,
+    Env.STORE_FD,
     "RANK",
     "LOCAL_RANK",
     "WORLD_SIZE",
 )
 OURS = frozenset((*_OURS, *(f"PET_{name}" for name in _OURS)))
-"""Variables that launchers set."""
+"""Variables that launchers and the job set."""
+# Of the image and of launchers, which a shell may hand on.
+_NOT_GIVEN = frozenset((Env.COMMIT, "SFT_JOB_NAMESPACE"))
+_MOST_NODES, _MOST_PARTS = 100_000, 100_000
+_MOST_GIB = 2**20
+MOST_SECONDS = 2**31 - 1
+"""What schedulers take for ids and seconds."""
+
+
+def is_set_by_launcher(name: str) -> bool:
+    """Whether launchers, operators, the image or the job itself set this variable."""
+    return name in OURS or name in _NOT_GIVEN or name.startswith("PET_")
 
 
 def validate(job: JobFile) -> list[Problem]:
@@ -71,12 +87,12 @@ def validate(job: JobFile) -> list[Problem]:
             check(False, f"mounts[{at}]", str(error), value=each)
     _check_environment(job, check)
     numbers = job.resources
-    check.at_least(1, "resources.nodes", numbers.nodes)
-    check.at_least(0, "resources.gpus_per_node", numbers.gpus_per_node)
-    check.at_least(1, "resources.ranks_per_node", numbers.ranks_per_node)
-    check.at_least(1, "resources.cpus_per_node", numbers.cpus_per_node)
-    check.at_least(0, "resources.memory_gib", numbers.memory_gib)
-    check.at_least(0, "resources.shm_gib", numbers.shm_gib)
+    check.within(1, _MOST_NODES, "resources.nodes", numbers.nodes)
+    check.within(0, _MOST_PARTS, "resources.gpus_per_node", numbers.gpus_per_node)
+    check.within(1, _MOST_PARTS, "resources.ranks_per_node", numbers.ranks_per_node)
+    check.within(1, _MOST_PARTS, "resources.cpus_per_node", numbers.cpus_per_node)
+    check.within(0, _MOST_GIB, "resources.memory_gib", numbers.memory_gib)
+    check.within(0, _MOST_GIB, "resources.shm_gib", numbers.shm_gib)
     ranks, gpus = numbers.ranks_per_node, numbers.gpus_per_node
     check(
         not (ranks and gpus and ranks > gpus),
@@ -84,12 +100,14 @@ def validate(job: JobFile) -> list[Problem]:
         f"each rank needs a GPU of its own: {ranks} ranks, {gpus} GPUs",
         value=ranks,
     )
-    check.at_least(1, "grace_seconds", job.grace_seconds)
+    check.within(1, MOST_SECONDS, "grace_seconds", job.grace_seconds)
     for name in ("timeouts", "preemptions", "losses"):
         check.at_least(0, f"retries.{name}", getattr(job.retries, name))
     check.at_least(1, "retries.without_checkpoint", job.retries.without_checkpoint)
     if numbers.time is not None and seconds_of(numbers.time) is None:
         check(False, "resources.time", "must be minutes, HH:MM:SS or DAYS-HH:MM:SS", "24:00:00", numbers.time)
+    elif (seconds_of(numbers.time or "") or 0) > MOST_SECONDS:
+        check(False, "resources.time", f"must be at most {MOST_SECONDS} s", "24:00:00", numbers.time)
     elif numbers.time is not None and (seconds_of(numbers.time) or 0) <= job.grace_seconds:
         rule = f"is not longer than grace_seconds ({job.grace_seconds} s): every start would end before its first step"
         check(False, "resources.time", rule, "a longer time, or smaller grace_seconds", numbers.time)
@@ -101,7 +119,12 @@ def _check_environment(job: JobFile, check: Checks) -> None:
         subject = f"environment.{name}"
         rule = "a variable's name is letters, digits and _"
         check(_VARIABLE.fullmatch(name), subject, rule, value=name)
-        check(name not in OURS, subject, "the launcher sets this variable itself", "remove it; resources say it")
+        check(
+            not is_set_by_launcher(name),
+            subject,
+            "the launcher sets this variable itself",
+            "remove it; resources say it",
+        )
         _check_secret(check, subject, name, value)
     for at, name in enumerate(job.secrets):
         check(_VARIABLE.fullmatch(name), f"secrets[{at}]", "must be the name of a variable", value=name)
@@ -162,6 +185,13 @@ class Checks:
         """A number that is set must not be lower (and not infinite or NaN)."""
         good = value is None or lowest <= value < 1e15
         self(good, subject, f"must be {lowest} or more", value=value)
+
+    def within(self, lowest: int, most: int, subject: str, value: float | None) -> None:
+        """A number that is set must lie between these (and not be infinite or NaN)."""
+        rule = (
+            f"must be {lowest} or more" if value is not None and value < lowest else f"must be from {lowest} to {most}"
+        )
+        self(value is None or lowest <= value <= most, subject, rule, value=value)
 
 
 def text_problems(settings: Any, section: str, may_begin_with_dash: frozenset[str]) -> list[Problem]:

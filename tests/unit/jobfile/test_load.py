@@ -107,6 +107,13 @@ def test_everything_at_once_with_lines_and_legal_names(tmp_path: Path) -> None:
         assert part in said
 
 
+def test_a_misspelt_section_on_the_command_line(tmp_path: Path) -> None:
+    for written, meant in (("slrum.queue=x", "slurm.queue"), ("resorces.nodes=2", "resources.nodes")):
+        with pytest.raises(ProblemsError) as caught:
+            load(tmp_path, LEAST, written)
+        assert f"did you mean {meant}?" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "text", ["", "- a\n", "a: [", "\ta: b", "config: !!python/object:os.system x\n", "x: &a [*a]\n", "config: {a: b}\n"]
 )

@@ -6,7 +6,7 @@ import pytest
 
 from sft_job.jobfile.mounts import Mount, parse_mount
 from sft_job.jobfile.schema import JobFile, Resources, Retries
-from sft_job.jobfile.validate import secret_problems, validate
+from sft_job.jobfile.validate import OURS, secret_problems, validate
 
 
 def job(**more: Any) -> JobFile:
@@ -51,6 +51,12 @@ def test_a_good_one() -> None:
         ({"environment": {"A-B": "x"}}, "environment.A-B"),
         ({"environment": {"NNODES": "2"}}, "environment.NNODES"),
         ({"environment": {"PET_NNODES": "2"}}, "environment.PET_NNODES"),
+        ({"environment": {"PET_RDZV_ENDPOINT": "x"}}, "environment.PET_RDZV_ENDPOINT"),
+        ({"environment": {"SFT_JOB_LOCK": "x"}}, "environment.SFT_JOB_LOCK"),
+        ({"environment": {"SFT_JOB_SUPERVISOR": "1"}}, "environment.SFT_JOB_SUPERVISOR"),
+        ({"environment": {"SFT_JOB_STORE_FD": "7"}}, "environment.SFT_JOB_STORE_FD"),
+        ({"environment": {"SFT_JOB_DEADLINE": "9"}}, "environment.SFT_JOB_DEADLINE"),
+        ({"environment": {"SFT_JOB_COMMIT": "x"}}, "environment.SFT_JOB_COMMIT"),
         ({"environment": {"A": "x\ry"}}, "environment.A"),
         ({"environment": {"WANDB_API_KEY": "0123456789abcdef"}}, "environment.WANDB_API_KEY"),
         ({"environment": {"PLAIN": "hf_abcdefghijklmnopqrstuvwxyz"}}, "environment.PLAIN"),
@@ -60,6 +66,13 @@ def test_a_good_one() -> None:
         ({"resources": Resources(nodes=0)}, "resources.nodes"),
         ({"resources": Resources(gpus_per_node=2, ranks_per_node=3)}, "resources.ranks_per_node"),
         ({"resources": Resources(memory_gib=float("nan"))}, "resources.memory_gib"),
+        ({"resources": Resources(memory_gib=float("inf"))}, "resources.memory_gib"),
+        ({"resources": Resources(memory_gib=2e6)}, "resources.memory_gib"),
+        ({"resources": Resources(shm_gib=1e14)}, "resources.shm_gib"),
+        ({"resources": Resources(nodes=10**6)}, "resources.nodes"),
+        ({"resources": Resources(cpus_per_node=10**9)}, "resources.cpus_per_node"),
+        ({"resources": Resources(time="99999-0")}, "resources.time"),
+        ({"grace_seconds": 2**31}, "grace_seconds"),
         ({"resources": Resources(time="soon")}, "resources.time"),
         ({"resources": Resources(time="1"), "grace_seconds": 90}, "resources.time"),
         ({"resources": Resources(time="2"), "grace_seconds": 120}, "resources.time"),
@@ -70,6 +83,12 @@ def test_a_good_one() -> None:
 )
 def test_what_is_refused(more: dict[str, Any], subject: str) -> None:
     assert subject in subjects(job(**more))
+
+
+def test_what_the_image_says_reaches_a_job_from_a_shell() -> None:
+    """Launchers take ``OURS`` out of what they hand on; the image's commit stays."""
+    assert "SFT_JOB_LOCK" in OURS
+    assert "SFT_JOB_COMMIT" not in OURS
 
 
 def test_a_secret_is_not_shown() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from deploy.kubernetes.pods import Task
-from deploy.kubernetes.render import render, to_yaml
+from deploy.kubernetes.render import pod_failure_policy, render, to_yaml
 from deploy.kubernetes.settings import KubernetesSettings, check_kubernetes
 from sft_job.jobfile.load import load_job
 
@@ -111,6 +111,15 @@ def _variable(name: str, value: str) -> dict[str, str]:
     return {"name": name, "value": value}
 
 
+def _codes(action: str, *values: int, operator: str = "In") -> dict[str, Any]:
+    return {"action": action, "onExitCodes": {"operator": operator, "values": list(values)}}
+
+
+_RULES = pod_failure_policy("sft-job")["rules"]
+_MASTER = "spec.pytorchReplicaSpecs.Master.template"
+_APPARMOR = "container.apparmor.security.beta.kubernetes.io"
+_SECCOMP = "seccomp.security.alpha.kubernetes.io"
+
 MUTATIONS = [
     _torch("a field that does not exist", "spec.foo", 1, server=True),
     _torch("a misspelt field deep in a container", f"{_BOX}.imag", "x", server=True),
@@ -197,4 +206,30 @@ MUTATIONS = [
     Mutation("a service with an address", "job", "Service", "spec.clusterIP", "10.0.0.7"),
     Mutation("a service of others", "job", "Service", "spec.selector", {"app": "other"}),
     Mutation("a port as a word", "job", "Service", "spec.ports.0.port", "ranks", server=True),
+    _job("a deadline of all starts", "spec.activeDeadlineSeconds", 3600),
+    _job("a config error that is ignored first", "spec.podFailurePolicy.rules", [_codes("Ignore", 2), *_RULES]),
+    _job("any code fails", "spec.podFailurePolicy.rules", [_codes("FailJob", 0, operator="NotIn"), *_RULES]),
+    _job("evictions fail", "spec.podFailurePolicy.rules", [{**_RULES[1], "action": "FailJob"}, *_RULES]),
+    _job("codes of another container", "spec.podFailurePolicy.rules.0.onExitCodes.containerName", "proxy"),
+    _job("a rule with two conditions", "spec.podFailurePolicy.rules.1.onExitCodes", {"operator": "In", "values": [9]}),
+    _job("a second pod beside one that leaves", "spec.podReplacementPolicy", "TerminatingOrFailed"),
+    _job("done when any node is", "spec.successPolicy", {"rules": [{"succeededCount": 1}]}),
+    _job("nowhere to write", f"{_JOB_BOX}.volumeMounts.0.mountPath", "/scratch"),
+    _job("no claim for the run", f"{_JOB_BOX}.env.@CHECKPOINT_DIR.value", "/tmp/runs"),
+    _job("a run folder to read", f"{_JOB_BOX}.volumeMounts.@checkpoints.readOnly", True),
+    _job("a claim to read", "spec.template.spec.volumes.@checkpoints.persistentVolumeClaim.readOnly", True),
+    _job("two mounts on one path", f"{_JOB_BOX}.volumeMounts.@data-1.mountPath", "/models/"),
+    _job("a profile without a name", "spec.template.spec.securityContext.seccompProfile", {"type": "Localhost"}),
+    _job("no system call filter", "spec.template.metadata.annotations", {f"{_SECCOMP}/pod": "unconfined"}),
+    _job("a secret in an annotation", "metadata.annotations", {"example.org/api-token": CANARY}),
+    _job("a secret in a label", "spec.template.metadata.labels.wandb-api-key", CANARY),
+    Mutation("a claim that is read", "job", "PersistentVolumeClaim", "spec.accessModes", ["ReadOnlyMany"]),
+    Mutation("a key that begins with points", "job", "ConfigMap", "data", {"..sft.yaml": "a: 1"}),
+    _torch("no profile", f"{_MASTER}.metadata.annotations", {f"{_APPARMOR}/pytorch": "unconfined"}),
+    _torch("other ranks than the operator's", "spec.nprocPerNode", "4"),
+    _torch("other nodes than the operator's", f"{_BOX}.env.@NNODES.value", "3"),
+    _train("other nodes than the runtime's", "spec.trainer.numNodes", 3),
+    _train("other ranks than the runtime's", "spec.trainer.numProcPerNode", 4),
+    _runtime("a deadline of all starts", f"{_CHILD}.spec.activeDeadlineSeconds", 3600),
+    _runtime("done when node 0 is", f"{_CHILD}.spec.successPolicy", {"rules": [{"succeededIndexes": "0"}]}),
 ]

@@ -27,6 +27,7 @@ def test_applying_and_deleting_a_folder_spares_the_checkpoints() -> None:
     for kind in KINDS:
         kustomization = yaml.safe_load((FOLDER / kind / "kustomization.yaml").read_text())
         assert kustomization["resources"] == ["job.yaml"]
+        assert "namespace" not in kustomization  # it would count for more than kubectl's own, and than -n
         documents = list(yaml.safe_load_all((FOLDER / kind / "job.yaml").read_text()))
         assert "PersistentVolumeClaim" not in {each["kind"] for each in documents}
     (claim,) = yaml.safe_load_all((FOLDER / "claim.yaml").read_text())

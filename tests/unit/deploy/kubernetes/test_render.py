@@ -109,12 +109,20 @@ def test_shared_memory_counts_as_memory(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_times_leave_room_for_a_save(kind: str) -> None:
-    """A start is over before its time is: the deadline asks it to stop, and the grace follows."""
-    for pod in pods(documents(kind)):
-        grace, deadline = pod["terminationGracePeriodSeconds"], pod["activeDeadlineSeconds"]
-        assert grace > 200
-        assert deadline + grace == 4 * 3600
+def test_a_start_ends_itself_before_its_pod_is_ended(kind: str) -> None:
+    """So its end counts for the breaker, which a stop signal does not; the pod's deadline stands behind it."""
+    found = documents(kind)
+    for pod in pods(found):
+        assert pod["terminationGracePeriodSeconds"] == 215
+        assert pod["activeDeadlineSeconds"] == 4 * 3600
+        trainer = found[-1]["spec"].get("trainer", {})
+        arguments = trainer.get("args") or pod["containers"][0]["args"]
+        limits = [each for each in arguments if "max_wall_seconds" in each]
+        assert limits == [f"trainer.max_wall_seconds={4 * 3600 - 215}"]
+        assert arguments.index(limits[0]) < arguments.index("optim.lr=2e-5")
+    unlimited = to_yaml(render(task(kind, job={"resources": Resources(memory_gib=8)})))
+    assert "max_wall_seconds" not in unlimited
+    assert "activeDeadlineSeconds" not in unlimited
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -165,6 +173,9 @@ def test_what_an_operator_sets_agrees_with_what_we_set(kind: str) -> None:
     topology, problems = read_topology({**variables(pod), **operator}, gpu_count=4)
     assert problems == []
     assert (topology.nnodes, topology.node_rank, topology.world) == (3, 2, 12)
+    old = {name: value for name, value in operator.items() if not name.startswith("PET_")}
+    _, problems = read_topology({**variables(pod), **old}, gpu_count=4)
+    assert problems[0].subject == "NODE_RANK"  # and not a run on one node
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -173,6 +184,21 @@ def test_one_node_needs_no_meeting_place(kind: str) -> None:
     (pod,) = pods(found)
     assert not {"NNODES", "NODE_RANK", "MASTER_ADDR"} & variables(pod).keys()
     assert check_manifests(found) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_jobs_of_two_kinds_or_namespaces_are_two_jobs(kind: str) -> None:
+    for pod in pods(documents(kind)):
+        found = variables(pod)
+        assert found["SFT_JOB_ID"] == f"$(SFT_JOB_NAMESPACE).{kind}.graph-sft"
+        assert found["SFT_JOB_NAMESPACE"] == {"fieldRef": {"fieldPath": "metadata.namespace"}}
+        assert list(found).index("SFT_JOB_NAMESPACE") < list(found).index("SFT_JOB_ID")  # or it is no value of it
+
+
+def test_the_service_is_for_pods_of_the_job_alone() -> None:
+    (service,) = [each for each in documents("job") if each["kind"] == "Service"]
+    names = ("name", "instance", "managed-by", "component")
+    assert set(service["spec"]["selector"]) == {f"app.kubernetes.io/{name}" for name in names}
 
 
 def test_retries() -> None:
@@ -198,13 +224,14 @@ def test_another_config_has_another_name() -> None:
     one = task("job")
     other = Task(one.job, one.block, one.config_name, one.config + "# more\n")
     assert one.config_map != other.config_map
-    assert one.config_map == task("pytorchjob").config_map
+    assert one.config_map == task("job").config_map
+    assert one.config_map != task("pytorchjob").config_map  # one is deleted, the other stays
 
 
 def test_the_claim_is_not_removed_with_the_job() -> None:
     claim = documents("job")[0]
     assert (claim["kind"], claim["spec"]["resources"]["requests"]["storage"]) == ("PersistentVolumeClaim", "512Mi")
-    assert "app.kubernetes.io/instance" not in claim["metadata"]["labels"]
+    assert not {"app.kubernetes.io/instance", "app.kubernetes.io/component"} & claim["metadata"]["labels"].keys()
     assert all(each["metadata"]["labels"]["app.kubernetes.io/instance"] for each in documents("job")[1:])
 
 
@@ -215,7 +242,7 @@ def test_any_text_reaches_the_job_as_it_is(text: str) -> None:
     given.job.overrides = [f"trainer.project_name={text}"]
     found = list(yaml.safe_load_all(to_yaml(render(given))))
     for pod in pods(found):
-        (_, argument) = pod["containers"][0]["args"]
+        (_, _, argument) = pod["containers"][0]["args"]
         assert argument == plain(f"trainer.project_name={text}")
         assert argument.replace("$$(", "$(") == given.job.overrides[0] or "$$(" in text
 

@@ -8,6 +8,7 @@ from deploy.kubernetes.settings import Claim, KubernetesSettings, check_kubernet
 from sft_job.jobfile.schema import JobFile, Resources, Retries
 
 CANARY = "c0ffee" * 6
+APPARMOR = "container.apparmor.security.beta.kubernetes.io"
 
 
 def problems(block: dict[str, Any], **job: Any) -> list[Any]:
@@ -30,6 +31,8 @@ def test_what_is_good() -> None:
     assert subjects({}) == []
     assert subjects({"claims": ["data:/data", "models:/models:ro", "more:/more:rw"]}) == []
     assert subjects({"secrets": {"WANDB_API_KEY": "wandb/api-key"}}, secrets=["WANDB_API_KEY"]) == []
+    assert subjects({}, resources=Resources(memory_gib=8, time="7:15")) == []
+    assert subjects({"context": "arn:aws:eks:eu-west-1:123:cluster/ml"}) == []
     assert subjects({"claims": ["data:/data"]}, mounts=["/lustre/data:/data", "/runs/old"]) == []
 
 
@@ -38,6 +41,7 @@ def test_what_is_good() -> None:
     [
         ({"kind": "mpijob"}, "kubernetes.kind"),
         ({"namespace": "Team_1"}, "kubernetes.namespace"),
+        ({"context": "a b; reboot"}, "kubernetes.context"),
         ({"checkpoint_claim": None}, "kubernetes.checkpoint_claim"),
         ({"checkpoint_claim": "Runs"}, "kubernetes.checkpoint_claim"),
         ({"checkpoint_access": "RWX"}, "kubernetes.checkpoint_access"),
@@ -59,11 +63,23 @@ def test_what_is_good() -> None:
         ({"labels": {"kueue.x-k8s.io/queue-name": "x"}}, "kubernetes.labels.kueue.x-k8s.io/queue-name"),
         ({"labels": {"a": "b c"}}, "kubernetes.labels.a"),
         ({"annotations": {"a": "line\nline"}}, "kubernetes.annotations.a"),
+        ({"annotations": {"example.org/api-token": CANARY}}, "kubernetes.annotations.example.org/api-token"),
+        ({"labels": {"wandb-api-key": CANARY}}, "kubernetes.labels.wandb-api-key"),
+        ({"annotations": {f"{APPARMOR}/sft-job": "unconfined"}}, f"kubernetes.annotations.{APPARMOR}/sft-job"),
         ({"tolerations": ["a=b:Sometimes"]}, "kubernetes.tolerations[0]"),
         ({"tolerations": ["a:NoSchedule:300"]}, "kubernetes.tolerations[0]"),
         ({"resources": {"memory": "8Gi"}}, "kubernetes.resources.memory"),
         ({"resources": {"rdma/ib": "one"}}, "kubernetes.resources.rdma/ib"),
         ({"user": 0}, "kubernetes.user"),
+        ({"user": -1}, "kubernetes.user"),
+        ({"user": 2**31}, "kubernetes.user"),
+        ({"group": 2**31}, "kubernetes.group"),
+        ({"ttl_seconds": 2**31}, "kubernetes.ttl_seconds"),
+        ({"scratch_gib": float("inf")}, "kubernetes.scratch_gib"),
+        ({"scratch_gib": float("nan")}, "kubernetes.scratch_gib"),
+        ({"checkpoint_size_gib": 1e300}, "kubernetes.checkpoint_size_gib"),
+        ({"resources": {"rdma/ib": "9" * 40}}, "kubernetes.resources.rdma/ib"),
+        ({"secrets": {"PET_RDZV_ENDPOINT": "a/b"}}, "kubernetes.secrets.PET_RDZV_ENDPOINT"),
         ({"scratch_gib": 0}, "kubernetes.scratch_gib"),
         ({"master_port": 80}, "kubernetes.master_port"),
         ({"ttl_seconds": -1}, "kubernetes.ttl_seconds"),
@@ -93,6 +109,9 @@ def test_what_is_refused(block: dict[str, Any], subject: str) -> None:
         ({"resources": Resources(memory_gib=0)}, "resources.memory_gib"),
         ({"resources": Resources(memory_gib=8, shm_gib=0)}, "resources.shm_gib"),
         ({"resources": Resources(memory_gib=8, time="2:10")}, "resources.time"),
+        ({"resources": Resources(memory_gib=8, time="7:14")}, "resources.time"),
+        ({"resources": Resources(nodes=1001, memory_gib=8)}, "resources.nodes"),
+        ({"grace_seconds": 2**31 - 1}, "grace_seconds"),
         ({"retries": Retries(timeouts=3)}, "retries.timeouts"),
         ({"retries": Retries(preemptions=0)}, "retries.preemptions"),
     ],

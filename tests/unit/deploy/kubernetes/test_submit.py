@@ -83,7 +83,7 @@ def test_applied_and_shown(desk, tmp_path: Path) -> None:
     done = desk()
     assert done.returncode == 0, words(done)
     kubectl = "kubectl --namespace=team"
-    patch = """--type=merge --patch='{"spec":{"runPolicy":{"suspend":true}}}'"""
+    patch = """--type=merge '--patch={"spec":{"runPolicy":{"suspend":true}}}'"""
     assert done.stdout.splitlines() == [
         "only the pods can tell: sft.yaml:2: model.partial_pretrain: there is no such folder",
         "not counted on Kubernetes: retries.without_checkpoint; starts that come no further end with 86",
@@ -93,9 +93,11 @@ def test_applied_and_shown(desk, tmp_path: Path) -> None:
         f"log: {kubectl} logs --follow pod/mine-master-0",
         "run folder: /runs/sft on the claim runs",
         f"how it stands: {kubectl} exec pod/mine-master-0 -- sft-job status",
+        "what is known of it here: sft-job status team.pytorchjob.mine",
         f"stop it for a while (it saves first): {kubectl} patch pytorchjobs.kubeflow.org mine {patch}",
         f"stop it for good (it saves first): {kubectl} delete pytorchjobs.kubeflow.org,configmaps "
-        "--selector=app.kubernetes.io/instance=mine",
+        "--selector=app.kubernetes.io/name=sft-job,app.kubernetes.io/instance=mine,app.kubernetes.io/managed-by=sft-job,"
+        "app.kubernetes.io/component=pytorchjob",
     ]
     assert (tmp_path / "said").read_text().splitlines()[-1] == (
         "--namespace=team apply --server-side --field-manager=sft-job --validate=strict --filename=-"
@@ -124,9 +126,9 @@ def test_a_dry_run_is_a_manifest_and_needs_no_kubectl(desk, tmp_path: Path) -> N
 
 def test_the_job_is_known_by_its_name(desk, tmp_path: Path) -> None:
     assert desk().returncode == 0
-    known = find("kubernetes:mine", {"HOME": str(tmp_path)})
+    known = find("kubernetes:team.pytorchjob.mine", {"HOME": str(tmp_path)})
     assert (known.run, known.place) == ("/runs/sft", "the claim runs")
-    shown = desk(verb="status mine").stdout
+    shown = desk(verb="status team.pytorchjob.mine").stdout
     assert "its run folder is not seen from here: it lies on the claim runs" in shown
     assert "kubectl --namespace=team exec pod/mine-master-0 -- sft-job status" in shown
 
@@ -185,7 +187,7 @@ def test_a_name_that_is_taken(desk, tmp_path: Path) -> None:
     (tmp_path / "there").write_text("pytorchjob.kubeflow.org/mine\n")
     done = desk()
     assert done.returncode == 2
-    assert "name = 'mine'\n    the cluster has a job of this name" in words(done)
+    assert "name = 'mine'\n    the cluster has a job of this name (pytorchjobs.kubeflow.org)" in words(done)
     assert "kubectl --namespace=team delete pytorchjobs.kubeflow.org mine" in words(done)
     assert not (tmp_path / "applied").exists()
 
@@ -199,6 +201,43 @@ def test_claims_that_are_not_there_or_cannot_be_shared(desk, tmp_path: Path) -> 
     assert words(desk()).count("there is no such claim in this namespace") == 2
     assert words(desk("kubernetes.checkpoint_size_gib=1")).count("there is no such claim in this namespace") == 1
     assert not (tmp_path / "applied").exists()
+
+
+def test_a_name_that_another_kind_has(desk, tmp_path: Path) -> None:
+    tool = tmp_path / "tools" / "kubectl"
+    tool.write_text(
+        KUBECTL.replace("case", 'case "$*" in *"get jobs.batch"*) echo job.batch/mine; exit 0 ;; esac\ncase', 1)
+    )
+    said = words(desk())
+    assert "the cluster has a job of this name (jobs.batch)" in said
+    assert "kubectl --namespace=team delete jobs.batch mine" in said
+    assert not (tmp_path / "applied").exists()
+
+
+def test_a_run_folder_that_can_only_be_read(desk, tmp_path: Path) -> None:
+    (tmp_path / "claims").write_text(json.dumps(CLAIMS).replace("ReadWriteMany", "ReadOnlyMany"))
+    said = words(desk())
+    assert "kubernetes.checkpoint_claim = 'runs'" in said
+    assert "the run writes there, and its access mode is ReadOnlyMany" in said
+
+
+def test_no_cluster_is_one_sentence(desk, tmp_path: Path) -> None:
+    said = 'E1123 memcache.go:265 "Unhandled Error"\n' * 5
+    said += "The connection to the server localhost:8080 was refused - did you specify the right host or port?"
+    (tmp_path / "error").write_text(said)
+    (tmp_path / "tools" / "kubectl").write_text('#!/bin/bash\ncat "$HOME/error" >&2; exit 1\n')
+    assert words(desk()) == (
+        "kubectl reaches no cluster: The connection to the server localhost:8080 was refused - did you specify the "
+        "right host or port?\n    fix: kubectl config get-contexts, then kubernetes.context, or KUBECONFIG; --dry-run "
+        "needs no cluster"
+    )
+
+
+def test_a_config_whose_name_no_config_map_takes(desk, tmp_path: Path) -> None:
+    (tmp_path / "..sft.yaml").write_text(CONFIG)
+    done = desk("--dry-run", "config=..sft.yaml")
+    assert done.returncode == 0, words(done)
+    assert list(next(yaml.safe_load_all(done.stdout))["data"]) == ["sft_trainer.yaml"]
 
 
 def test_what_the_server_says_is_shown(desk, tmp_path: Path) -> None:
