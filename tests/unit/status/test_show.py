@@ -74,6 +74,10 @@ def test_a_running_run_on_one_screen() -> None:
         ({"state": "failed", "code": 87, "reason": "non_finite", "message": "loss is nan"}, "loss is nan"),
         ({"state": "done", "result": "/ckpt/sft/huggingface"}, "result      /ckpt/sft/huggingface"),
         ({"state": "failed", "without_progress": ({"cause": "lost", "message": "rank 1"},)}, "lost: rank 1"),
+        (
+            {"state": "failed", "incomplete": ({"cause": "lost", "message": "node 1 did not come"},)},
+            "not all nodes came to 1 more; the last: node 1 did not come",
+        ),
         ({"checkpoint": None}, "none yet"),
         ({"message": "[red]kept as it is[/red]", "state": "failed"}, "[red]kept as it is[/red]"),
         (
