@@ -24,6 +24,8 @@ _WORDS = 2
 _LONGEST = 1 << 20
 _POLL_SECONDS = 0.1
 _HELLO_SECONDS = 5.0
+COMING_SECONDS = 1800.0
+"""How long nodes are waited for at least: one may still wait for its GPUs, or pull its image."""
 _END_SECONDS = 30.0
 """How long an end waits for nodes that have not asked yet."""
 
@@ -46,7 +48,8 @@ class Nodes:
 
     Args:
         topology: how many nodes there are, and which this one is.
-        patience: seconds that a node is waited for.
+        patience: seconds that a node is waited for. Another node waits twice as long for the first one's first word:
+            meanwhile that one takes the run folder, and waits for the others.
         stopped: somebody asked this process to stop.
 
     Raises:
@@ -60,6 +63,7 @@ class Nodes:
         self._asked: dict[int, socket.socket] = {}
         self._first: socket.socket | None = None
         self._heard = bytearray()
+        self._answered = False
         self._left = _WORDS if topology.nnodes > 1 else 0
         self._server = listen(topology) if self._left and topology.node_rank == 0 else None
 
@@ -144,9 +148,15 @@ class Nodes:
         if self._first is None:
             self._first = self._call()
         self._first.settimeout(_POLL_SECONDS)
+        # What has answered is the first node, which may tokenise for hours; what has not may be anything, such as the
+        # ranks' own meeting place in an earlier start of this run that is not over yet.
+        patience = 2 * self._patience
+        deadline = None if self._answered else time.monotonic() + patience
         while b"\n" not in self._heard:
             if self._stopped():
                 raise self._stop()
+            if deadline is not None and time.monotonic() >= deadline:
+                raise self._gone(f"it has said nothing for {patience:g} s")
             try:
                 part = self._first.recv(65536)
             except TimeoutError:
@@ -161,6 +171,7 @@ class Nodes:
             word = Word(**json.loads(line))
         except (ValueError, TypeError) as error:
             raise self._gone("it speaks of something else") from error
+        self._answered = True
         if word.code is not None or not self._left:
             self._left = 0
             self.close()

@@ -1,7 +1,7 @@
 """The breaker: a job that is started again and again and comes no further ends with 86. Torch-free.
 
 ``logs/starts.json`` holds the step at which the last start began and, since a start last moved it, what became of
-those that did not.
+those that did not, and of those to which not all nodes came.
 """
 
 from __future__ import annotations
@@ -45,12 +45,16 @@ class Starts:
     failed: tuple[FailedStart, ...] = ()
     settled: bool = False
     """``outcome.json`` tells of no start that is to be counted: it was over before anything was started."""
+    gathering: bool = False
+    """The last start waits for its nodes; where it ends so, it has tried nothing and is not counted."""
+    incomplete: tuple[FailedStart, ...] = ()
+    """Starts among them that ended before all nodes had come."""
 
     def then(self, step: int, last: Mapping[str, Any] | None) -> Starts:
         """The same when one more start begins.
 
-        A stop signal does not count: a queue may preempt a job many times before its first step. A deadline does: it
-        will be as short the next time.
+        A stop signal does not count: a queue may preempt a job many times before its first step. Nor does a start to
+        which not all nodes came. A deadline does: it will be as short the next time.
 
         Args:
             step: where it begins.
@@ -59,15 +63,17 @@ class Starts:
         if step > self.step or last is None:
             return Starts(step)
         if self.settled:
-            return Starts(step, self.failed)
+            return Starts(step, self.failed, incomplete=self.incomplete)
         cause, message = str(last.get("reason")), str(last.get("message", ""))
         if cause == RUNNING:
             cause, message = ExitCode.LOST.reason, "it wrote nothing at its end"
         stopped = cause == ExitCode.STOPPED.reason and not message.startswith(DEADLINE)
         if stopped or cause in _NOT_COUNTED:
-            return Starts(step, self.failed)
-        line = shorten(message.partition("\n")[0], _MESSAGE)
-        return Starts(step, (*self.failed, FailedStart(cause, line))[-_REMEMBERED:])
+            return Starts(step, self.failed, incomplete=self.incomplete)
+        this = FailedStart(cause, shorten(message.partition("\n")[0], _MESSAGE))
+        if self.gathering:
+            return Starts(step, self.failed, incomplete=(*self.incomplete, this)[-_REMEMBERED:])
+        return Starts(step, (*self.failed, this)[-_REMEMBERED:], incomplete=self.incomplete)
 
     def refuse(self, limit: int, run: RunFolder) -> None:
         """End the run where too many starts came no further.
@@ -103,11 +109,15 @@ def read_starts(path: Path) -> Starts | None:
     """What ``starts.json`` says; None where there is none, or it cannot be read."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-        failed: Sequence[Mapping[str, str]] = fields["failed"]
-        told = tuple(FailedStart(start["cause"], start["message"]) for start in failed)
-        return Starts(int(fields["step"]), told, bool(fields.get("settled", False)))
-    except (OSError, ValueError, KeyError, TypeError):
+        settled, gathering = bool(fields.get("settled", False)), bool(fields.get("gathering", False))
+        incomplete = _told(fields.get("incomplete", ()))
+        return Starts(int(fields["step"]), _told(fields["failed"]), settled, gathering, incomplete)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _told(starts: Sequence[Mapping[str, str]]) -> tuple[FailedStart, ...]:
+    return tuple(FailedStart(start["cause"], start["message"]) for start in starts)
 
 
 def begin_start(run: RunFolder, step: int, last: Mapping[str, Any] | None) -> Starts:

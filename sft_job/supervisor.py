@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -29,7 +30,7 @@ from sft_job.contract import Env, ExitCode, RunFolder
 from sft_job.deadline import REASON as DEADLINE
 from sft_job.errors import JobError, raise_problems
 from sft_job.lock import STILL_SECONDS, RunLock, lost_lock, this_process
-from sft_job.nodes import Nodes, Word
+from sft_job.nodes import COMING_SECONDS, Nodes, Word
 from sft_job.opening import deadline_of, examined, make_logs, named_folder
 from sft_job.outcome import (
     last_outcome,
@@ -43,7 +44,7 @@ from sft_job.outcome import (
 from sft_job.oversight import Listener, oversee
 from sft_job.processes import adopt_orphans, children, end_orphans, reap
 from sft_job.ranks import POLL_SECONDS, RankEnd, RankGroup, handed_over, inherited, rank_command, signals_blocked
-from sft_job.starts import begin_start
+from sft_job.starts import Starts, begin_start
 from sft_job.streams import say
 from sft_job.watchdog import Watchdog
 
@@ -87,7 +88,7 @@ class Supervisor:
                 raise
             run = run_folder(resolution.loaded.config)
             self._tell(resolution, run)
-            patience = resolution.loaded.config.trainer.timeout_seconds
+            patience = max(resolution.loaded.config.trainer.timeout_seconds, COMING_SECONDS)
             with contextlib.closing(Nodes(resolution.topology, patience, self._listener.stopped)) as nodes:
                 try:
                     first = resolution.topology.node_rank == 0
@@ -227,13 +228,13 @@ class Supervisor:
             try:
                 text = SecretMask(self._environ).text(dump_config(resolution.loaded))
                 run.config.write_text(text, encoding="utf-8")
-                write_durably(run.starts, starts.to_json())
+                write_durably(run.starts, replace(starts, gathering=resolution.topology.nnodes > 1).to_json())
                 write_outcome(run, None, restarts, omitted, self._environ)
             except OSError as error:
                 raise JobError(ExitCode.CANNOT_CREATE, f"{run.logs} cannot be written: {error}") from error
             try:
                 starts.refuse(resolution.loaded.config.trainer.max_starts_without_progress, run)
-                nodes.agree(Word())
+                self._gather(resolution, run, starts, nodes)
                 end = self._work(resolution, run, folder, deadline, lock, nodes)
             except JobError as error:
                 nodes.end(error)
@@ -246,6 +247,21 @@ class Supervisor:
             say(f"{run.outcome} cannot be written: {error}\n")
         self._tell_end(end, run)
         return end.code
+
+    def _gather(self, resolution: Resolution, run: RunFolder, starts: Starts, nodes: Nodes) -> None:
+        """Wait for the other nodes; from then on the breaker counts this start.
+
+        Raises:
+            JobError: a node did not come (137); stopped meanwhile (143); the run folder cannot be written (73).
+        """
+        if resolution.topology.nnodes == 1:
+            return
+        self._show(f"waiting for the other nodes: {resolution.topology.nnodes} in all")
+        nodes.agree(Word())
+        try:
+            write_durably(run.starts, starts.to_json())
+        except OSError as error:
+            raise JobError(ExitCode.CANNOT_CREATE, f"{run.starts} cannot be written: {error}") from error
 
     def _work(
         self,

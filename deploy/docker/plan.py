@@ -171,5 +171,6 @@ def _limits(plan: Plan) -> Sequence[str]:
     if plan.cpus:
         limits.append(f"--cpus={plan.cpus}")
     if plan.memory_gib:
-        limits += [f"--memory={plan.memory_gib:g}g", f"--memory-swap={plan.memory_gib:g}g"]
+        total = plan.memory_gib + plan.shm_gib  # the engine counts /dev/shm, and Kubernetes adds it to its limit too
+        limits += [f"--memory={total:g}g", f"--memory-swap={total:g}g"]
     return limits

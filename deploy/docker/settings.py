@@ -28,6 +28,8 @@ _OWN_OPTIONS = {
     "memory": "resources.memory_gib",
     "stop-timeout": "grace_seconds",
 }
+_OF_THE_IMAGE = re.compile(r"PATH|HOME|USER|LOGNAME|SHELL|PWD|TMPDIR|VIRTUAL_ENV|CONDA_.*|DOCKER_.*|LD_.*|PYTHON.*")
+"""Variables that may not be passed on from this machine."""
 _FORBIDDEN = ("detach", "entrypoint", "env-file", "help", "interactive", "restart", "rm", "stop-signal", "tty")
 
 
@@ -66,6 +68,9 @@ def check_docker(job: JobFile, docker: DockerSettings) -> list[Problem]:
     check(docker.user is None or _USER.fullmatch(docker.user), "docker.user", "must be UID:GID", value=docker.user)
     good = docker.network is None or _NETWORK.fullmatch(docker.network)
     check(good, "docker.network", "must be a network's name", value=docker.network)
+    for at, name in enumerate(job.secrets):
+        rule, fix = "is set by the image, and this machine's value would not fit there", "take it out of the list"
+        check(not _OF_THE_IMAGE.fullmatch(name), f"secrets[{at}]", rule, fix, name)
     for at, each in enumerate(docker.args):
         _check_option(check, f"docker.args[{at}]", each)
     return problems

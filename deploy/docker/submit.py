@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -14,11 +15,13 @@ from pathlib import Path
 
 from deploy.docker.plan import Plan, command, make_plan
 from deploy.docker.settings import DockerSettings, check_docker
+from sft_job.config.load import load_config
 from sft_job.contract import ExitCode, RunFolder
-from sft_job.errors import JobError, Problem, raise_problems
+from sft_job.errors import JobError, Problem, ProblemsError, raise_problems
 from sft_job.jobfile.load import LoadedJob, load_job
-from sft_job.jobfile.mounts import parse_mount
+from sft_job.jobfile.mounts import check_target, parse_mount, planned_mounts
 from sft_job.jobfile.run import Copy, Place, copy_for, look_from_here, with_folder_of
+from sft_job.jobfile.seen import paths_of, unseen
 from sft_job.submissions import record
 
 _START_SECONDS = 3600
@@ -56,7 +59,7 @@ def submit_job(
         code = subprocess.run(command(plan, "preflight", wait=True), env=dict(environ), check=False).returncode
         if code != 0:
             return code
-    _start(plan, environ)
+    _start(plan, environ, show)
     _tell(plan, environ, show)
     return ExitCode.DONE
 
@@ -97,10 +100,30 @@ def _with_run(
             rule, fix = "there is no such file or folder on this machine", "correct the path, or make the folder"
             at_line = loaded.origin(f"mounts[{at}]")
             problems.append(Problem(ExitCode.CONFIG, f"mounts[{at}]", rule, fix, source, at_line))
+    mounts = with_folder_of(config, plan.checkpoint_dir, plan.mounts)
+    problems += _targets(loaded, plan)
+    with contextlib.suppress(ProblemsError):  # told above
+        run = load_config(str(config), plan.overrides, plan.variables)
+        planned = planned_mounts(plan.config, plan.checkpoint_dir, mounts)
+        problems += unseen(paths_of(run.config), planned, run.origin)
     raise_problems(problems)
     copy = copy_for(config, Path(plan.folder))
-    mounts = with_folder_of(config, plan.checkpoint_dir, plan.mounts)
     return dataclasses.replace(plan, config=str(copy.path), mounts=mounts), copy
+
+
+def _targets(loaded: LoadedJob[DockerSettings], plan: Plan) -> list[Problem]:
+    """Mounts that would hide what the container needs."""
+    targets = {"config": (str(Path(plan.config).parent), plan.config)}
+    targets["checkpoint_dir"] = (plan.checkpoint_dir, plan.checkpoint_dir)
+    targets |= {f"mounts[{at}]": (parse_mount(each).target, each) for at, each in enumerate(plan.mounts)}
+    problems: list[Problem] = []
+    for subject, (target, value) in targets.items():
+        try:
+            check_target(target)
+        except ValueError as error:
+            fix = "another target: /path:/path/in/container" if subject.startswith("mounts") else "another folder"
+            problems.append(Problem(ExitCode.CONFIG, subject, str(error), fix, value, loaded.origin(subject)))
+    return problems
 
 
 def _make_folders(plan: Plan, copy: Copy) -> None:
@@ -118,12 +141,17 @@ def _make_folders(plan: Plan, copy: Copy) -> None:
         ) from error
 
 
-def _start(plan: Plan, environ: Mapping[str, str]) -> None:
+def _start(plan: Plan, environ: Mapping[str, str], show: Show) -> None:
     """Start the container.
 
     Raises:
         JobError: the engine did not (2, or 73 where it could not be asked).
     """
+    have = subprocess.run(
+        [plan.engine, "image", "inspect", plan.image], env=dict(environ), capture_output=True, check=False
+    )
+    if have.returncode != 0:  # what the engine says of its progress is read where it fails
+        show(f"{plan.image} is not on this machine: {plan.engine} pulls it first; a large image takes minutes")
     try:
         done = subprocess.run(
             command(plan, "train"),

@@ -75,6 +75,35 @@ def check_path(path: str) -> None:
         raise ValueError("must be plain absolute paths, without colons, commas, quotes, backslashes and ..")
 
 
+_TREES = (
+    "/opt/sft-job",
+    "/usr",
+    "/etc",
+    "/dev",
+    "/proc",
+    "/sys",
+    "/bin",
+    "/sbin",
+    "/lib",
+    "/lib32",
+    "/lib64",
+    "/run",
+    "/boot",
+)
+
+
+def check_target(path: str) -> None:
+    """Refuse a place in a container where a mount would hide what the image, its caches or the engine need.
+
+    Raises:
+        ValueError: the message is the rule.
+    """
+    target = Path(os.path.normpath(path.replace("//", "/")))
+    hides = any(Path(tree).is_relative_to(target) or target.is_relative_to(tree) for tree in _TREES)
+    if hides or target == Path("/tmp"):
+        raise ValueError(f"mounted at {target} it would hide files that the image or the engine needs there")
+
+
 def absolute(path: str, cwd: Path) -> str:
     """A path of the job file as an absolute one."""
     return os.path.normpath(cwd / with_home(path))

@@ -21,7 +21,11 @@ class Resources:
     cpus_per_node: int | None = None
     """CPU cores on each node; null = what the launcher gives by itself."""
     memory_gib: float | None = None
-    """Host memory on each node in GiB; 0 = all of it; null = what the launcher gives by itself."""
+    """Host memory on each node in GiB; 0 = all of it; null = what the launcher gives by itself.
+
+    A container gets ``shm_gib`` besides, for its ``/dev/shm`` counts as memory; so do files in its ``/tmp``, where that
+    lies in memory.
+    """
     shm_gib: float = 16.0
     """Size of ``/dev/shm`` in a container that has one of its own, in GiB; it counts as memory."""
     time: str | None = None

@@ -82,6 +82,7 @@ class RunStatus:
         restarts: earlier ends, oldest first: cause and step.
         restarts_omitted: ends that the outcome no longer lists.
         without_progress: starts in a row that made no new step: cause and message.
+        incomplete: starts among them, not counted, to which not all nodes came: cause and message.
         refusal: code, reason, message and time of a later start that did nothing.
         requeue: the launcher's word that the job waits.
         judgement: what the launcher made of the newest end that it saw, and its counts.
@@ -117,6 +118,7 @@ class RunStatus:
     restarts: tuple[Mapping[str, Any], ...] = ()
     restarts_omitted: int = 0
     without_progress: tuple[Mapping[str, str], ...] = ()
+    incomplete: tuple[Mapping[str, str], ...] = ()
     refusal: Mapping[str, Any] | None = None
     requeue: Requeue | None = None
     judgement: Judgement | None = None
@@ -181,6 +183,7 @@ def read_status(run: RunFolder, life: Life, submission: Submission | None = None
         restarts=tuple(each for each in outcome.get("restarts", ()) if isinstance(each, dict)),
         restarts_omitted=int(_number(outcome, "restarts_omitted") or 0),
         without_progress=tuple({"cause": s.cause, "message": s.message} for s in (starts.failed if starts else ())),
+        incomplete=tuple({"cause": s.cause, "message": s.message} for s in (starts.incomplete if starts else ())),
         refusal=None if refusal is None else {**refusal, "message": _clean(str(refusal["message"]))},
         requeue=requeue if state == "waiting" else None,
         judgement=None if judgement is None else replace(judgement, why=_clean(judgement.why)),

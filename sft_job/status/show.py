@@ -177,6 +177,9 @@ def _restarts(status: RunStatus) -> list[tuple[str, Text]]:
         lines = [f"{each['cause']}: {each['message']}".rstrip(": ") for each in status.without_progress]
         head = f"the last {len(lines)} starts made no new step" if len(lines) > 1 else "the last start made no new step"
         found.append(("", _block([head, *(f"  {line}" for line in lines[-_RESTARTS_SHOWN:])])))
+    if status.incomplete:
+        text = f"not all nodes came to {len(status.incomplete)} more; the last: {status.incomplete[-1]['message']}"
+        found.append(("", Text(text)))
     return found
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
 
+from sft_job.contract import RunFolder
+from sft_job.starts import read_starts
 from tests.integration.conftest import Job, end
 from tests.ranks import free_port
 
@@ -23,6 +26,25 @@ def both(job: Job, second: Job, *overrides: str) -> list[tuple[int, str, str]]:
         for process in processes:
             end(process)
     return [(process.returncode, *text) for process, text in zip(processes, texts, strict=True)]
+
+
+def test_a_start_to_which_a_node_did_not_come_is_not_counted(job) -> None:
+    alone = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    process = job.start("trainer.total_training_steps=1", **alone)
+    try:
+        deadline = time.monotonic() + 60
+        while not (starts := read_starts(RunFolder(job.run).starts)) or not starts.gathering:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        end(process)
+    strict = ("trainer.total_training_steps=1", "trainer.max_starts_without_progress=1", "trainer.timeout_seconds=60")
+    first, second = both(job, job, *strict)
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+    starts = read_starts(RunFolder(job.run).starts)
+    assert starts is not None
+    assert (starts.failed, len(starts.incomplete), starts.gathering) == ((), 1, False)
 
 
 def test_the_first_node_tells_the_other_where_the_run_begins(job) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 
@@ -107,6 +107,27 @@ def test_a_first_node_that_does_not_come_or_goes(node) -> None:
         first._gather(0.5)
         first.close()
         assert word.result()[0] == ExitCode.LOST
+
+
+def test_what_listens_and_says_nothing_is_given_up(node) -> None:
+    """The ranks' meeting place of an earlier start takes the call, and waits for what it understands."""
+    with socket.create_server(("127.0.0.1", node.port)):
+        code, message = ended(node(1, patience=0.2))
+    assert code == ExitCode.LOST
+    assert "it has said nothing for 0.4 s" in message
+
+
+def test_the_first_node_may_tokenise_for_as_long_as_it_takes(node) -> None:
+    others = [node(rank, patience=0.2) for rank in (1, 2)]
+    with ThreadPoolExecutor(2) as pool:
+        words = [pool.submit(other.agree, Word()) for other in others]
+        first = node(0)
+        assert first.agree(Word()) == Word()
+        assert [word.result() for word in words] == [Word()] * 2
+        words = [pool.submit(other.agree, Word()) for other in others]
+        assert not wait(words, timeout=1.0).done
+        first.agree(Word(ExitCode.DATA, "x"))
+        assert [word.result() for word in words] == [Word(65, "x")] * 2
 
 
 def test_a_stop_while_nodes_wait_for_each_other(node) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,13 @@ def run(tmp_path: Path) -> RunFolder:
     return folder
 
 
-def start(run: RunFolder, step: int, end: RankEnd | None, limit: int = 3) -> int:
+def start(run: RunFolder, step: int, end: RankEnd | None, limit: int = 3, *, all_came: bool = True) -> int:
     """One start as the supervisor makes it: 86, or the code that it ends with; None = it is killed."""
     last = last_outcome(run)
     restarts = restarts_so_far(last, Start())
     omitted = int(last.get("restarts_omitted", 0)) if last else 0
     starts = begin_start(run, step, last)
-    run.starts.write_text(starts.to_json())
+    run.starts.write_text(replace(starts, gathering=not all_came).to_json())
     write_outcome(run, None, restarts, omitted, {})
     try:
         starts.refuse(limit, run)
@@ -106,6 +107,22 @@ def test_an_end_before_anything_was_started_counts_for_nothing_and_wipes_nothing
             assert last_outcome(run)["code"] == code
     assert [each["cause"] for each in last_outcome(run)["restarts"]].count("lost") == 3
     assert start(run, 0, LOST) == 86
+
+
+@pytest.mark.parametrize("end", [ended(ExitCode.LOST, "node 1 did not come within 1800 s"), None])
+def test_a_start_to_which_not_all_nodes_came_is_told_and_not_counted(run, end) -> None:
+    for _ in range(2):
+        start(run, 0, LOST)
+        assert [start(run, 0, end, all_came=False) for _ in range(4)] == [137] * 4
+        write_early_outcome(run, ExitCode.NO_CHECKPOINT, "too early", {})
+    starts = read_starts(run.starts)
+    assert starts is not None
+    assert len(starts.failed) == 2
+    assert {each.message for each in starts.incomplete} == {end.message if end else "it wrote nothing at its end"}
+    assert len(starts.incomplete) == 8
+    assert [start(run, 0, LOST) for _ in range(2)] == [137, 86]
+    assert start(run, 1, LOST) == 137
+    assert read_starts(run.starts) == Starts(1)
 
 
 def test_a_deadline_that_is_too_short_counts(run) -> None:

@@ -79,6 +79,10 @@ def test_a_running_run_on_one_screen() -> None:
             "held by     job 17; this job:\n            no\n            luck\n",
         ),
         ({"held_by": "17"}, "held by job 17; this job: not a word yet"),
+        (
+            {"state": "failed", "incomplete": ({"cause": "lost", "message": "node 1 did not come"},)},
+            "not all nodes came to 1 more; the last: node 1 did not come",
+        ),
         ({"checkpoint": None}, "none yet"),
         ({"message": "[red]kept as it is[/red]", "state": "failed"}, "[red]kept as it is[/red]"),
         (

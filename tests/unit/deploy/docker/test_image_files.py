@@ -14,6 +14,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[4]
 DIGEST = "sha256:" + "0123456789abcdef" * 4
+OTHER = "sha256:" + "0" * 64
 LOCKS = ("image", "fa4", "fa2", "fa2-build")
 
 
@@ -71,14 +72,14 @@ def test_the_dockerfile_s_base_fits() -> None:
 
 ENGINE = """#!/bin/bash
 echo "$*" >> {log}
-case "$1" in image) echo; echo other@{digest}; echo localhost/no@sha256:short ;; esac
+case "$1" in image) echo; echo other@{other}; echo pytorch/pytorch@{digest}; echo localhost/no@sha256:short ;; esac
 """
 
 
 @pytest.fixture
 def engine(tmp_path: Path) -> Path:
     path = tmp_path / "docker"
-    path.write_text(ENGINE.format(log=tmp_path / "asked", digest=DIGEST))
+    path.write_text(ENGINE.format(log=tmp_path / "asked", digest=DIGEST, other=OTHER))
     path.chmod(0o755)
     return path
 
@@ -99,12 +100,15 @@ def test_a_digest_is_written_behind_the_tag_and_moves_on(engine: Path, tmp_path:
     before = (ROOT / "Dockerfile").read_text()
     file.write_text(before)
     assert run("base-digest", tmp_path, str(file)).returncode == 0
+    assert "devel" not in (tmp_path / "asked").read_text()
+    assert file.read_text().count(f"@{DIGEST}\n") == 1
+    assert run("base-digest", tmp_path, str(file), FLASH_ATTENTION="fa2").returncode == 0
     once = file.read_text()
     assert once.count(f"@{DIGEST}\n") == 2
     assert once.replace(f"@{DIGEST}", "") == before
     other = DIGEST[:-2] + "00"
     engine.write_text(engine.read_text().replace(DIGEST, other))
-    assert run("base-digest", tmp_path, str(file)).returncode == 0
+    assert run("base-digest", tmp_path, str(file), FLASH_ATTENTION="fa2").returncode == 0
     assert file.read_text() == once.replace(DIGEST, other)
     asked = (tmp_path / "asked").read_text()
     assert "pull --quiet pytorch/pytorch:" in asked

@@ -16,10 +16,12 @@ from sft_job.contract import Env
 ROOT = Path(__file__).parents[4]
 
 
-@pytest.mark.parametrize("text", ["README.md", "deploy/docker/job.yaml"])
-def test_printed_commands_are_true(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    lines = (line.removeprefix("#").strip() for line in (ROOT / text).read_text().splitlines())
+def test_printed_commands_are_true(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("deploy", "sft_job"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "demo-run" / "input").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    lines = (ROOT / "README.md").read_text().replace("\\\n", " ").replace("$PWD", str(tmp_path)).splitlines()
     found = [shlex.split(line) for line in lines if line.startswith("sft-job submit docker") and "--dry-run" in line]
     assert found
     for words in found:

@@ -43,6 +43,8 @@ def said(tmp_path: Path, *overrides: str) -> str:
         ('environment={A: "x\\ny"}', "holds the control character U+000A"),
         ("environment.SFT_JOB_ID=1", "the launcher sets this variable itself"),
         ('overrides=["--entrypoint=sh"]', "begins with a dash"),
+        ("secrets=[PATH]", "is set by the image"),
+        ("secrets=[LD_PRELOAD]", "is set by the image"),
         ("image=--privileged", "begins with a dash"),
         ('mounts=["/a:/b:exec"]', "must be /path or /path:/path/in/container"),
     ],

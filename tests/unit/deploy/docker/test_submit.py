@@ -17,6 +17,8 @@ from sft_job.submissions import find
 CANARY = "c0ffee" * 6
 ENGINE = """#!{python}
 import json, os, sys
+if sys.argv[1] == "image":  # not there where somebody says so
+    sys.exit(os.path.exists("not_pulled"))
 with open({log!r}, "a") as log:
     log.write(json.dumps([sys.argv[1:], os.environ.get("WANDB_API_KEY", "")]) + "\\n")
 if sys.argv[1] == "run" and {verb!r} in sys.argv:
@@ -30,7 +32,8 @@ def box(tmp_path: Path):
     """A machine: a folder with job and config, and an engine on PATH."""
     tools, log = tmp_path / "tools", tmp_path / "asked"
     tools.mkdir()
-    (tmp_path / "sft.yaml").write_text("data: {train_files: /data/a.parquet}\nmodel: {partial_pretrain: /data/model}\n")
+    settings = {"data": {"train_files": f"{tmp_path}/a.parquet"}, "model": {"partial_pretrain": f"{tmp_path}/model"}}
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(settings))
     job = {"config": "sft.yaml", "checkpoint_dir": "runs", "image": "x:1", "secrets": ["WANDB_API_KEY"], "name": "mine"}
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
 
@@ -71,7 +74,7 @@ def test_started_and_shown(box, tmp_path: Path) -> None:
     name = rest[0].removeprefix("--name=")
     assert name.startswith("mine-")
     assert done.stdout.splitlines() == [
-        "only the container can tell: sft.yaml:2: model.partial_pretrain: there is no such folder",
+        "only the container can tell: sft.yaml:4: model.partial_pretrain: there is no such folder",
         f"started container {name}: 1 rank(s)",
         f"log: docker logs --follow {name}",
         f"run folder: {tmp_path}/runs/sft",
@@ -127,6 +130,33 @@ def test_everything_that_is_wrong_at_once(box, tmp_path: Path) -> None:
     done = box("optim.lrr=1", "optim.lr=-1")
     assert done.returncode == 2
     assert "did you mean optim.lr?" in words(done)
+
+
+def test_an_image_that_is_pulled_first_is_told(box, tmp_path: Path) -> None:
+    line = "x:1 is not on this machine: docker pulls it first; a large image takes minutes"
+    assert line not in box().stdout
+    (tmp_path / "not_pulled").touch()
+    assert line in box().stdout
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("checkpoint_dir=/", "mounted at / it would hide"),
+        ("checkpoint_dir=/tmp", "mounted at /tmp it would hide"),
+        ("checkpoint_dir=/opt/sft-job/x", "mounted at /opt/sft-job/x it would hide"),
+        ("mounts=[/:/usr/local]", "mounted at /usr/local it would hide"),
+        ("data.train_files=rows/a.parquet", "is no absolute path"),
+        ("data.val_files=[/data/v.parquet]", "is seen by no mount"),
+        ("model.partial_pretrain=/data/model", "fix: add it: mounts: [/data/model]"),
+        ("data.cache_dir=/data/cache", "fix: add it: mounts: [/data/cache:rw]"),
+    ],
+)
+def test_what_the_container_could_not_do_with(box, tmp_path: Path, override: str, told: str) -> None:
+    done = box(override)
+    assert done.returncode == 2
+    assert told in words(done)
+    assert not asked(tmp_path)
 
 
 def test_without_an_engine(box) -> None:
