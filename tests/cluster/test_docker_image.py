@@ -101,6 +101,16 @@ def test_it_trains(whole: DockerRun, shared: Path) -> None:
     assert files_with("<secret WANDB_API_KEY>", whole.root)
 
 
+def test_the_demo(docker_run: Make) -> None:
+    """As a new user tries the image, at the hardest place: two ranks, shown what was learned."""
+    run = docker_run("demo")
+    done = run.engine.run("--rm", *HARD, f"--volume={run.root}:/out", run.image, "demo", "/out/demo")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list((run.root / "demo").rglob("huggingface/model.safetensors"))
+    owner = tuple(map(int, USER.split(":")))
+    assert {(path.lstat().st_uid, path.lstat().st_gid) for path in (run.root / "demo").rglob("*")} == {owner}
+
+
 def test_docker_stop_saves_and_the_next_one_goes_on(docker_run: Make, whole: DockerRun) -> None:
     run = docker_run("run")
     first = run.start(pace=0.2)
