@@ -142,6 +142,7 @@ class DockerRun:
             "--env=NPROC_PER_NODE=2",
             "--env=OMP_NUM_THREADS=1",
             "--env=TEST_PACE",
+            "--env=TEST_LEDGER=/out",
             "--env=WANDB_API_KEY",
             self.image,
             "train",
