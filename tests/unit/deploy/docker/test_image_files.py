@@ -145,3 +145,27 @@ def test_the_build_s_command(engine: Path, tmp_path: Path) -> None:
     ):
         assert word in asked
     assert "FLASH_ATTENTION" not in asked
+
+
+def test_what_is_not_committed_is_told(tmp_path: Path) -> None:
+    """Also a file that git does not know: the build takes it along."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "sft_job").mkdir()
+    (tmp_path / "scripts" / "image").write_bytes((ROOT / "scripts" / "image").read_bytes())
+    (tmp_path / "sft_job" / "__init__.py").write_text('__version__ = "1.2.3"\n')
+
+    def line() -> str:
+        command = ["bash", str(tmp_path / "scripts" / "image")]
+        environ = {**os.environ, "ENGINE": "echo", "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+        return done.stdout + done.stderr
+
+    assert "does not say its commit" in line()
+    identity = ["-c", "user.name=x", "-c", "user.email=x@x"]
+    for words in (["init", "--quiet"], ["add", "."], [*identity, "commit", "--quiet", "--message=x"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    assert re.search(r"REVISION=[0-9a-f]{40} ", line())
+    (tmp_path / "notes.txt").write_text("no part of the image")
+    assert "-dirty" not in line()
+    (tmp_path / "sft_job" / "new.py").write_text("")
+    assert re.search(r"REVISION=[0-9a-f]{40}-dirty ", line())
