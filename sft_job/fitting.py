@@ -204,9 +204,8 @@ def _everything_kept(blocks: Blocks, attempt: Attempt) -> str | None:
     limit = memory.usable()
     if not _fits(attempt):
         return None
-    worst = torch.tensor(memory.peak() > limit * (1 - _MARGIN), device=attempt.device).int()
-    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-    return None if worst.item() else plan_text(blocks.plan, memory.peak(), limit)
+    above = _most(memory.peak() - int(limit * (1 - _MARGIN)), attempt.device)
+    return None if above > 0 else plan_text(blocks.plan, memory.peak(), limit)
 
 
 def _everything(blocks: Blocks, attempt: Attempt) -> str:

@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from sft_job.jobfile.validate import seconds_of
+
 _ANSWER_SECONDS = 60
 _PAUSES = (5, 15, 30, 60)
 _GOING_ON = frozenset(("RUNNING", "SUSPENDED", "CONFIGURING", "RESIZING", "STOPPED", "SIGNALING"))
 _TIME_FORMAT = "%Y-%m-%dT%H:%M:%S"
-_LIMIT = re.compile(r"(?:(\d+)-)?(\d+):(\d+):(\d+)")
 
 
 @dataclass(frozen=True)
@@ -58,15 +59,14 @@ def job_state(job_id: str) -> JobState | None:
 
 def _reached_its_limit(times: dict[str, str]) -> bool:
     """Whether a job that was ended had run as long as it might; all by the controller's clock."""
-    limit = _LIMIT.fullmatch(times.get("TimeLimit", ""))
+    limit = seconds_of(times.get("TimeLimit", ""))
     if limit is None:
         return False
-    days, hours, minutes, seconds = (int(each or 0) for each in limit.groups())
     try:
         began, end = (time.mktime(time.strptime(times[name], _TIME_FORMAT)) for name in ("StartTime", "EndTime"))
     except (KeyError, ValueError, OverflowError):
         return False
-    return end - began >= ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    return end - began >= limit
 
 
 def queue_again(job_id: str, start: int, tell: Callable[[str], None], pauses: Sequence[float] = _PAUSES) -> bool:

@@ -16,7 +16,7 @@ from sft_job.plan.activations import ATTENTION, FULL, NONE, OFFLOAD
 from sft_job.plan.cards import Card
 from sft_job.plan.footprint import Footprint, Micro, footprint, least_recompute, levels_of
 from sft_job.plan.seconds import Parts, Work, joined, micro_seconds, step_end
-from sft_job.plan.setup import GIB, RECOMPUTE_VALUES, Ranks, Setup, setup_of
+from sft_job.plan.setup import GIB, Ranks, Setup, setup_of
 from sft_job.plan.shape import Shape
 
 FITS, TIGHT, TOO_LARGE = "fits", "tight", "does not fit"
@@ -24,6 +24,8 @@ MARGIN = 0.08
 """Share of the memory that must be left free before a plan is said to fit: how far the model may be off."""
 _AUTO_MARGIN = 0.05
 """Share that ``model.recompute: auto`` leaves free at its first try, as ``fitting`` has it."""
+_TIGHT = 0.2
+"""Share of the memory from which what ``offload`` spares makes it the first plan that several ranks try, likewise."""
 _BATCHES, _ROUNDS = 4, 16
 _MANY = 20_000
 _START_SECONDS = 60.0
@@ -169,9 +171,9 @@ def estimate(config: JobConfig, shape: Shape, card: Card, ranks: Ranks, rows: Ro
     if setup.recompute == "auto":
         room = usable * (1 - _AUTO_MARGIN)
         memory = least_recompute(shape, setup, micro, room)
-        last = footprint(shape, setup, micro, _least_levels(shape, ranks))
+        last = _last_resort(shape, setup, micro, usable)
         least = last.peak
-        if OFFLOAD in RECOMPUTE_VALUES and memory.peak > room:
+        if memory.peak > room:
             memory = last
     verdict = FITS if least <= usable * (1 - MARGIN) else TIGHT if least <= usable else TOO_LARGE
     found = Estimate(setup, micro, memory, least, usable, verdict)
@@ -181,13 +183,17 @@ def estimate(config: JobConfig, shape: Shape, card: Card, ranks: Ranks, rows: Ro
     return Estimate(**{**found.__dict__, "step": step, "run": _run(config, shape, card, found, rows, step)})
 
 
-def _least_levels(shape: Shape, ranks: Ranks) -> tuple[str, ...]:
-    """What ``auto`` can fall back to: of several ranks none can, so its first measurement must fit."""
-    if OFFLOAD in RECOMPUTE_VALUES:
-        return levels_of(OFFLOAD, shape.layers)
-    if ranks.world == 1 or shape.layers < 2:
-        return (FULL,) * shape.layers
-    return (FULL,) * (shape.layers - 2) + (ATTENTION, NONE)
+def _last_resort(shape: Shape, setup: Setup, micro: Micro, usable: float) -> Footprint:
+    """What ``auto`` falls back to, as ``fitting`` does.
+
+    Of several ranks none can go on after one of them ran out of memory: what is measured first must fit there, and that
+    is the plan with inputs in host memory only where it spares much.
+    """
+    moved = footprint(shape, setup, micro, levels_of(OFFLOAD, shape.layers))
+    whole = footprint(shape, setup, micro, levels_of(FULL, shape.layers))
+    if setup.ranks.world == 1 or shape.layers < 2 or whole.peak - moved.peak > _TIGHT * usable:
+        return moved
+    return footprint(shape, setup, micro, (FULL,) * (shape.layers - 2) + (ATTENTION, NONE))
 
 
 def _step(config: JobConfig, shape: Shape, card: Card, found: Estimate, rows: Rows) -> Step:
