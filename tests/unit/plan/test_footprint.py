@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_job.model import loss
+from sft_job.model import loss, tiled
+from sft_job.plan import activations
 from sft_job.plan import footprint as rooms
 from sft_job.plan.activations import FULL, NONE, OFFLOAD
 from sft_job.plan.footprint import Micro, footprint, ladder
@@ -37,6 +38,10 @@ def _shape(run: Measured):
 
 def test_the_loss_works_in_the_same_pieces() -> None:
     assert rooms.CHUNK_ELEMENTS == loss.CHUNK_ELEMENTS
+
+
+def test_mlps_work_in_the_same_pieces() -> None:
+    assert activations._TILE_ELEMENTS == tiled.TILE_ELEMENTS
 
 
 SETUPS = st.builds(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sft_job import fitting
 from sft_job.config.layout import ulysses_fits
+from sft_job.plan import estimate
 from sft_job.plan.cards import CARDS
 from sft_job.plan.estimate import FITS, MARGIN, TIGHT, TOO_LARGE, Rows, largest_micro
 from sft_job.plan.prices import Case, longest_that_fits, prices, smallest_change, with_changes
@@ -35,6 +38,22 @@ def test_what_is_tight_is_not_said_to_fit(gpus: int) -> None:
         card = CARDS["h200"].__class__(**{**one.card.__dict__, "memory": share * least.least / 2**30 + beside})
         found = Case(one.config, one.shape, card, one.ranks, one.rows).estimate(timed=False)
         assert found.verdict == verdict, share
+
+
+@pytest.mark.parametrize("length", [4096, 65536])
+def test_of_several_ranks_what_is_measured_first_must_fit(length: int) -> None:
+    """They cannot go on after one ran out of memory; inputs go to the host first only where that spares much."""
+    for world, falls_back in ((1, True), (2, length > 10_000)):
+        some = case(ranks=Ranks(world), lengths=(length,) * 2 * world, **{"data.micro_batch_size_per_gpu": 2})
+        offloaded = some.estimate({"model.recompute": "offload"}, timed=False)
+        memory = (1.01 * offloaded.least + offloaded.memory.outside) / 2**30
+        card = replace(some.card, memory=memory)
+        found = Case(some.config, some.shape, card, some.ranks, some.rows).estimate(timed=False)
+        assert (found.verdict != TOO_LARGE) is falls_back, world
+
+
+def test_the_plan_takes_for_tight_what_the_run_does() -> None:
+    assert (estimate._TIGHT, estimate._AUTO_MARGIN) == (fitting._TIGHT, fitting._MARGIN)
 
 
 def test_auto_never_plans_beyond_what_it_may() -> None:
