@@ -40,10 +40,10 @@ def test_what_is_tight_is_not_said_to_fit(gpus: int) -> None:
         assert found.verdict == verdict, share
 
 
-@pytest.mark.parametrize("length", [4096, 65536])
-def test_of_several_ranks_what_is_measured_first_must_fit(length: int) -> None:
+@pytest.mark.parametrize(("length", "spares_much"), [(24576, False), (65536, True)])
+def test_of_several_ranks_what_is_measured_first_must_fit(length: int, spares_much: bool) -> None:
     """They cannot go on after one ran out of memory; inputs go to the host first only where that spares much."""
-    for world, falls_back in ((1, True), (2, length > 10_000)):
+    for world, falls_back in ((1, True), (2, spares_much)):
         some = case(ranks=Ranks(world), lengths=(length,) * 2 * world, **{"data.micro_batch_size_per_gpu": 2})
         offloaded = some.estimate({"model.recompute": "offload"}, timed=False)
         memory = (1.01 * offloaded.least + offloaded.memory.outside) / 2**30
