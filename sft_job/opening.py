@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from sft_job.checkpoint.folder import write_durably
+from sft_job.checkpoint.files import write_durably
 from sft_job.checkpoint.remote_folder import url_problem
 from sft_job.config.load import Loaded, run_folder
 from sft_job.config.resolve import Resolution, resolve

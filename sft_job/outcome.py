@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sft_job import __version__
-from sft_job.checkpoint.folder import published, state_or_none, write_durably
+from sft_job.checkpoint.files import write_durably
+from sft_job.checkpoint.folder import published, state_or_none
 from sft_job.checkpoint.start import Start
 from sft_job.checkpoint.state import RunState
 from sft_job.config.secrets import SecretMask

@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 
 from sft_job import __version__
-from sft_job.checkpoint.folder import write_durably
+from sft_job.checkpoint.files import write_durably
 from sft_job.checkpoint.start import START_FILE, Start, fetch_remote, find_start, looks_finished
 from sft_job.config.load import dump_config, origins_text, run_folder
 from sft_job.config.resolve import Resolution

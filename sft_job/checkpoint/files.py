@@ -147,3 +147,21 @@ class Files:
                 found.update(memoryview(buffer)[:count])
                 total += count
         return Content(total, found.hexdigest())
+
+
+def write_durably(path: Path, text: str, files: Files | None = None) -> None:
+    """Replace a small file at once: temporary name, fsync, rename, fsync of the folder."""
+    files = files or Files()
+    temporary = path.with_name(f".{path.name}.tmp")
+    if temporary.is_symlink():
+        files.remove(temporary)  # never write through somebody's link
+    with files.writing(temporary) as file:
+        file.write(text.encode("utf-8"))
+    files.rename(temporary, path)
+    files.fsync(path.parent)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

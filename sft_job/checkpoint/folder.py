@@ -1,27 +1,21 @@
-"""Checkpoints as folders: published by rename, named by ``latest``, proved by a manifest, pruned when old.
+"""Checkpoints as folders: published by rename, named by ``latest``, pruned when old.
 
 Torch-free. A folder named ``global_step_N`` is whole or it is damaged: a half-written one never gets that name.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import stat
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from sft_job.checkpoint.files import Content, Files
+from sft_job.checkpoint.files import Content, Files, write_durably
+from sft_job.checkpoint.manifest import damage, harm_of, write_manifest
 from sft_job.checkpoint.retention import Held, superfluous
 from sft_job.checkpoint.state import STATE_FILE, RunState, read_state
 from sft_job.contract import RunFolder, step_of
 
-MANIFEST = "manifest.json"
-INDEX = ".metadata"
-"""DCP's index of the shards: a pickle, so it must stand in the manifest."""
 UNREAD = "unread_"
 """Begins the name of a checkpoint that could not be read when the run went on without it; nothing removes it."""
 _SAVING, _PRUNED, _REPLACED = ".saving_", ".pruned_", ".replaced_"
@@ -36,35 +30,6 @@ def temporary_folder(run: RunFolder, step: int, token: str) -> Path:
         token: of the start that writes it, so that no other start writes there, not even one that was taken for dead.
     """
     return run.checkpoints / f"{_SAVING}{token}_{run.step(step).name}"
-
-
-def fsync_path(path: Path) -> None:
-    """Make a file's bytes, or a folder's list of names, survive a power cut."""
-    Files().fsync(path)
-
-
-def write_durably(path: Path, text: str, files: Files | None = None) -> None:
-    """Replace a small file at once: temporary name, fsync, rename, fsync of the folder."""
-    files = files or Files()
-    temporary = path.with_name(f".{path.name}.tmp")
-    if temporary.is_symlink():
-        files.remove(temporary)  # never write through somebody's link
-    with files.writing(temporary) as file:
-        file.write(text.encode("utf-8"))
-    files.rename(temporary, path)
-    files.fsync(path.parent)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def files_below(folder: Path) -> list[Path]:
-    """Every file of a checkpoint but its manifest, relative to it, sorted."""
-    found = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-    return sorted(path.relative_to(folder) for path in found if path != folder / MANIFEST)
 
 
 def publish(
@@ -96,12 +61,7 @@ def publish(
     known = known or {}
     folder = run.step(step)
     refuse_link(folder)
-    names = [name for name in files_below(temporary) if str(name) not in known]
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        found = pool.map(lambda name: _durable_content(temporary / name, files), names)
-        entries = dict(known) | dict(zip(map(str, names), found, strict=True))
-    text = json.dumps({"files": {name: asdict(entries[name]) for name in sorted(entries)}}, indent=1)
-    write_durably(temporary / MANIFEST, text, files)
+    write_manifest(temporary, known, files)
     for part in [*(path for path in temporary.rglob("*") if path.is_dir()), temporary]:
         files.fsync(part)
     for name, content in known.items():
@@ -136,88 +96,6 @@ def refuse_link(folder: Path) -> None:
     """
     if folder.is_symlink():
         raise FileExistsError(f"{folder} is a link: checkpoints are never saved through links; remove it")
-
-
-def _durable_content(path: Path, files: Files) -> Content:
-    files.fsync(path)
-    return Content(path.stat().st_size, file_sha256(path))
-
-
-def changed_on_disk(folder: Path, known: Mapping[str, Content], files: Files) -> str | None:
-    """Read files back: the first one that is not what was written, and why; None where all are."""
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for name, found in zip(known, pool.map(lambda name: files.read_back(folder / name), known), strict=True):
-            if found != known[name]:
-                return f"{name}: what the disk gives back is not what was written"
-    return None
-
-
-@dataclass(frozen=True)
-class _Harm:
-    """What is wrong with a file; proven, or it could only not be read."""
-
-    text: str
-    proven: bool = True
-
-    @classmethod
-    def of(cls, name: str, error: OSError) -> _Harm:
-        gone = isinstance(error, (FileNotFoundError, NotADirectoryError))
-        return cls(f"{name}: missing" if gone else f"{name}: cannot be read: {error.strerror or error}", gone)
-
-
-def damage(folder: Path, *, sums: bool = True) -> str | None:
-    """What is wrong with a checkpoint by its manifest: the first bad file and why; None where it is whole.
-
-    Args:
-        folder: of the checkpoint.
-        sums: read every file; otherwise only names and sizes are compared.
-    """
-    harm = _harm(folder, sums=sums)
-    return None if harm is None else harm.text
-
-
-def _harm(folder: Path, *, sums: bool = True) -> _Harm | None:
-    """The first proven harm; where there is none, the first file that cannot be read."""
-    try:
-        if stat.S_ISLNK(folder.lstat().st_mode):
-            return _Harm("it is a link")
-        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        parsed = {str(name): Content(int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
-    except OSError as error:
-        return _Harm.of(MANIFEST, error)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return _Harm(f"{MANIFEST}: {error}")
-    for name in (STATE_FILE, INDEX):
-        # What the manifest does not speak of is not proved by it.
-        if name not in parsed and os.path.lexists(folder / name):
-            return _Harm(f"{name}: not in {MANIFEST}")
-    found = [harm for name, content in parsed.items() if (harm := _harm_by_size(folder, name, content)) is not None]
-    if sums and not found:
-        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            found = list(filter(None, pool.map(lambda item: _harm_by_sum(folder, *item), parsed.items())))
-    return next((harm for harm in found if harm.proven), found[0] if found else None)
-
-
-def _harm_by_size(folder: Path, name: str, content: Content) -> _Harm | None:
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        return _Harm(f"{MANIFEST}: {name!r} is not inside the checkpoint")
-    try:
-        status = (folder / name).lstat()
-    except OSError as error:
-        return _Harm.of(name, error)
-    if not stat.S_ISREG(status.st_mode):
-        return _Harm(f"{name}: {'a link' if stat.S_ISLNK(status.st_mode) else 'missing'}")
-    return (
-        _Harm(f"{name}: {status.st_size} bytes instead of {content.bytes}") if status.st_size != content.bytes else None
-    )
-
-
-def _harm_by_sum(folder: Path, name: str, content: Content) -> _Harm | None:
-    try:
-        found = file_sha256(folder / name)
-    except OSError as error:
-        return _Harm.of(name, error)
-    return _Harm(f"{name}: its content has changed since it was saved") if found != content.sha256 else None
 
 
 def published(run: RunFolder) -> list[Path]:
@@ -321,7 +199,7 @@ def _put_aside(run: RunFolder, folder: Path, files: Files, *, also_whole: bool) 
         files: does the file operations.
         also_whole: also one that can be read by now, and gone on from.
     """
-    harm = _harm(folder)
+    harm = harm_of(folder)
     if harm.proven if harm else not (also_whole and _resumable(folder)):
         return False
     target = run.checkpoints / f"{UNREAD}{folder.name}"

@@ -17,7 +17,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from sft_job.checkpoint.folder import MANIFEST, damage, files_below, fsync_path, mark_final, published, write_durably
+from sft_job.checkpoint.files import Files, write_durably
+from sft_job.checkpoint.folder import mark_final, published
+from sft_job.checkpoint.manifest import MANIFEST, damage, files_below
 from sft_job.checkpoint.remote_folder import OPTION, WAITS, AbandonedError, RemoteFolder, one_line, url_problem
 from sft_job.checkpoint.retention import Held, superfluous
 from sft_job.checkpoint.state import STATE_FILE, TO_GO_ON
@@ -300,7 +302,7 @@ def _download(remote: RemoteFolder, manifest: bytes, run: RunFolder, folder: Pat
         if found or not (temporary / STATE_FILE).is_file():
             return found or f"{STATE_FILE} is missing"
         for path in (*temporary.rglob("*"), temporary):
-            fsync_path(path)
+            Files().fsync(path)
         temporary.rename(folder)
         write_durably(run.latest, folder.name)
     except FileNotFoundError as error:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import fsspec.core
 
-from sft_job.checkpoint.folder import MANIFEST
+from sft_job.checkpoint.manifest import MANIFEST
 from sft_job.contract import ExitCode, step_of
 from sft_job.errors import Problem
 

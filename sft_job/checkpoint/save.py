@@ -15,17 +15,8 @@ import torch.distributed as dist
 
 from sft_job.checkpoint.distributed import is_host_memory, on_every_rank, on_first_rank, save_tensors
 from sft_job.checkpoint.files import Content, Files
-from sft_job.checkpoint.folder import (
-    changed_on_disk,
-    damage,
-    drop_temporary,
-    files_below,
-    prune,
-    publish,
-    refuse_link,
-    state_or_none,
-    temporary_folder,
-)
+from sft_job.checkpoint.folder import drop_temporary, prune, publish, refuse_link, state_or_none, temporary_folder
+from sft_job.checkpoint.manifest import changed_on_disk, damage, files_below
 from sft_job.checkpoint.shards import ShardWriter
 from sft_job.checkpoint.staging import local_bytes, tensors_of
 from sft_job.checkpoint.state import STATE_FILE, RunState

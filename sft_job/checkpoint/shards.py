@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from sft_job.checkpoint.files import Content, Files, HashedStream
-from sft_job.checkpoint.folder import INDEX
+from sft_job.checkpoint.manifest import INDEX
 
 _FILE_BYTES = 1 << 30
 _MOST_FILES = 8

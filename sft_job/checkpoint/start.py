@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from sft_job.checkpoint.folder import damage, linked, newest_whole, published, state_or_none
+from sft_job.checkpoint.folder import linked, newest_whole, published, state_or_none
+from sft_job.checkpoint.manifest import damage
 from sft_job.checkpoint.remote import download_newest
 from sft_job.checkpoint.state import TO_GO_ON, Changes, RunState, compare_config, read_state
 from sft_job.config.schema import JobConfig

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sft_job.checkpoint.folder import write_durably
+from sft_job.checkpoint.files import write_durably
 
 READ_SECONDS = 10.0
 """How long a token may take to show on another node: a file server's clients look again after a few seconds."""

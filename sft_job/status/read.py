@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from sft_job.checkpoint.folder import MANIFEST, damage, published, state_or_none
+from sft_job.checkpoint.folder import published, state_or_none
+from sft_job.checkpoint.manifest import MANIFEST, damage
 from sft_job.checkpoint.state import TO_GO_ON, RunState
 from sft_job.contract import ExitCode, RunFolder, step_of
 from sft_job.outcome import last_outcome, last_refusal, newest_state, result_folder

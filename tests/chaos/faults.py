@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from sft_job.checkpoint.folder import MANIFEST, damage, published
+from sft_job.checkpoint.folder import published
+from sft_job.checkpoint.manifest import MANIFEST, damage
 from sft_job.contract import RunFolder
 from tests.chaos.inputs import SEED_YAML, run_overrides
 from tests.chaos.oracle import Evidence, differences, gather

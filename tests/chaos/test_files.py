@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from sft_job.checkpoint.folder import damage, published
+from sft_job.checkpoint.folder import published
+from sft_job.checkpoint.manifest import damage
 from sft_job.contract import RunFolder
 from tests.chaos.faults import STEPS, Bench, FileCall, flip_bits, kill_at_each_call, size_of, tmpfs
 from tests.chaos.oracle import differences

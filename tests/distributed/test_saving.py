@@ -393,7 +393,7 @@ def _two_holders(run: Path, folder: Path) -> str:
 
 
 def test_an_old_holder_does_not_write_into_the_new_ones_checkpoint(tmp_path, ranks) -> None:
-    from sft_job.checkpoint.folder import damage
+    from sft_job.checkpoint.manifest import damage
 
     run = tmp_path / "run"
     found = ranks(2, _two_holders, run, tmp_path)
@@ -673,7 +673,7 @@ ONE, TWO, THREE = (["global_step_1"], ["global_step_2"], ["global_step_3"])
 )
 def test_without_memory_for_a_copy_it_is_saved_without_one(tmp_path, ranks, error, purpose, left) -> None:
     """Training waits for it then; a recovery checkpoint is left out."""
-    from sft_job.checkpoint.folder import damage
+    from sft_job.checkpoint.manifest import damage
 
     found = ranks(2, _unstaged, tmp_path, error, purpose, timeout=30.0)
     assert found[0] == found[1]

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sft_job.checkpoint import folder as folders
-from sft_job.checkpoint.folder import damage, newest_whole, prune, publish, published, temporary_folder, write_durably
+from sft_job.checkpoint.files import write_durably
+from sft_job.checkpoint.folder import newest_whole, prune, publish, published, temporary_folder
+from sft_job.checkpoint.manifest import damage
 from sft_job.checkpoint.state import RunState
 from sft_job.contract import RunFolder
 

@@ -17,7 +17,8 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from sft_job.checkpoint.folder import damage, mark_final, prune, publish, published, temporary_folder
+from sft_job.checkpoint.folder import mark_final, prune, publish, published, temporary_folder
+from sft_job.checkpoint.manifest import damage
 from sft_job.checkpoint.remote import RemoteStore, download_newest
 from sft_job.checkpoint.remote_folder import url_problem
 from sft_job.checkpoint.state import RunState

@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 
 from sft_job.checkpoint.files import Files
 from sft_job.checkpoint.folder import (
-    changed_on_disk,
     clear_leftovers,
-    damage,
     drop_temporary,
     linked,
     mark_final,
@@ -24,6 +22,7 @@ from sft_job.checkpoint.folder import (
     published,
     temporary_folder,
 )
+from sft_job.checkpoint.manifest import changed_on_disk, damage
 from sft_job.checkpoint.retention import Held, superfluous
 from sft_job.checkpoint.save import already_there, begin
 from sft_job.checkpoint.state import TO_GO_ON, RunState, read_state

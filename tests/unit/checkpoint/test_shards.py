@@ -14,8 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, TensorProperties
 
-from sft_job.checkpoint.files import Content, Files
-from sft_job.checkpoint.folder import file_sha256
+from sft_job.checkpoint.files import Content, Files, file_sha256
 from sft_job.checkpoint.shards import SafeLoadPlanner, SafeReader, ShardWriter
 
 LARGE = 4 << 30
