@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from sft_job.checkpoint.checkpointer import HUGGINGFACE, Checkpointer, Purpose, SavePolicy
+from sft_job.checkpoint.checkpointer import HUGGINGFACE, Checkpointer
+from sft_job.checkpoint.policy import Purpose, SavePolicy
 from sft_job.checkpoint.state import RunState
 from sft_job.config.schema import JobConfig
 from sft_job.contract import RunFolder

@@ -15,10 +15,11 @@ import torch
 
 from sft_job import __version__
 from sft_job.announce import tell_start
-from sft_job.checkpoint.checkpointer import ADAPTER, HUGGINGFACE, Checkpointer, SavePolicy
+from sft_job.checkpoint.checkpointer import ADAPTER, HUGGINGFACE, Checkpointer
 from sft_job.checkpoint.distributed import on_every_rank, on_first_rank
 from sft_job.checkpoint.files import Files
 from sft_job.checkpoint.folder import published
+from sft_job.checkpoint.policy import SavePolicy
 from sft_job.checkpoint.remote import RemoteStore
 from sft_job.checkpoint.start import (
     START_FILE,

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sft_job.checkpoint.checkpointer import Checkpointer, Purpose, SaveTiming
+from sft_job.checkpoint.checkpointer import Checkpointer
+from sft_job.checkpoint.policy import Purpose, SaveTiming
 from sft_job.checkpoint.state import RunState, SourceState
 from sft_job.config.schema import JobConfig
 from sft_job.contract import ExitCode

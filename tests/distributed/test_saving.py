@@ -283,7 +283,8 @@ def _small(run: Path, seed: int = 0, stepped: bool = True, **options: Any) -> An
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 
-    from sft_job.checkpoint.checkpointer import Checkpointer, SavePolicy
+    from sft_job.checkpoint.checkpointer import Checkpointer
+    from sft_job.checkpoint.policy import SavePolicy
     from sft_job.contract import RunFolder
     from sft_job.runtime import start_runtime
 
@@ -311,7 +312,7 @@ def _state(step: int) -> Any:
 
 
 def _fenced(run: Path) -> list[str]:
-    from sft_job.checkpoint.checkpointer import Purpose
+    from sft_job.checkpoint.policy import Purpose
     from sft_job.errors import JobError
 
     def lost() -> None:
@@ -366,7 +367,7 @@ def wait_for(path: Path) -> None:
 
 def _two_holders(run: Path, folder: Path) -> str:
     """What the old holder's save of step 2 meets, while the new one saves the same step."""
-    from sft_job.checkpoint.checkpointer import Purpose
+    from sft_job.checkpoint.policy import Purpose
     from sft_job.errors import JobError
 
     cut, lost = Cut(folder), []
@@ -420,7 +421,7 @@ class Patient(Files):
 
 
 def _stopped_within_a_save(run: Path) -> tuple[list[str], list[str]]:
-    from sft_job.checkpoint.checkpointer import Purpose
+    from sft_job.checkpoint.policy import Purpose
 
     files = Patient()
     checkpointer = _small(run, files=files)
@@ -454,7 +455,7 @@ class Narrow(Files):
 
 
 def _narrow(run: Path) -> tuple[str, list[str], list[str]]:
-    from sft_job.checkpoint.checkpointer import Purpose
+    from sft_job.checkpoint.policy import Purpose
     from sft_job.errors import JobError
 
     files, said = Narrow(), []
@@ -484,7 +485,7 @@ def test_a_save_that_does_not_fit_is_refused_before_it_writes(tmp_path, ranks) -
 
 
 def _one_after_the_other(run: Path) -> list[list[str]]:
-    from sft_job.checkpoint.checkpointer import Purpose
+    from sft_job.checkpoint.policy import Purpose
 
     checkpointer = _small(run)
     found = []
@@ -538,7 +539,7 @@ class Forgetful(Files):
 
 
 def _forgetful(run: Path) -> list[str]:
-    from sft_job.checkpoint.checkpointer import Purpose
+    from sft_job.checkpoint.policy import Purpose
     from sft_job.errors import JobError
 
     checkpointer = _small(run, files=Forgetful())
@@ -626,7 +627,7 @@ def test_memory_for_a_copy(tmp_path, ranks, world) -> None:
 
 def _unstaged(run: Path, error: Exception, purpose: str) -> tuple[list[str], list[str], list[list[str]]]:
     """Rank 1 cannot copy the state of step 2; step 3 follows. Errors, warnings, what there was after each."""
-    from sft_job.checkpoint.checkpointer import Purpose, SavePolicy
+    from sft_job.checkpoint.policy import Purpose, SavePolicy
 
     policy = SavePolicy(frozenset({"model", "optimizer"}), keep=1, end_on_failure=False)
     said: list[str] = []
@@ -704,7 +705,7 @@ class Starved(Files):
 
 
 def _starved(run: Path, purpose: str) -> tuple[int, str, list[str]]:
-    from sft_job.checkpoint.checkpointer import Purpose
+    from sft_job.checkpoint.policy import Purpose
     from sft_job.errors import JobError
 
     said: list[str] = []
@@ -732,7 +733,7 @@ def test_memory_that_runs_out_while_it_is_written(tmp_path, ranks, purpose) -> N
 
 
 def _without_optimizer(run: Path) -> list[list[str]]:
-    from sft_job.checkpoint.checkpointer import Purpose, SavePolicy
+    from sft_job.checkpoint.policy import Purpose, SavePolicy
 
     checkpointer = _small(run, policy=SavePolicy(frozenset({"model", "hf_model"}), keep=1, asynchronous=False))
     found = []
@@ -760,7 +761,7 @@ def test_one_to_go_on_from_stays(tmp_path, ranks) -> None:
 
 
 def _export_without_memory(run: Path) -> tuple[bool, str]:
-    from sft_job.checkpoint.checkpointer import Purpose
+    from sft_job.checkpoint.policy import Purpose
     from sft_job.memory import is_out_of_memory
 
     def export(folder: Path, meet: Any) -> str:
