@@ -16,8 +16,9 @@ from sft_job.data.conversation import Conversation
 from sft_job.data.encode import Encoder
 from sft_job.data.faults import Fault
 from sft_job.data.fields import Masked, align, free_prefix, masked
+from sft_job.data.prompts import Chat
 from sft_job.data.render import Rendered, check_variables
-from sft_job.data.spans import Chat, Located, Span, SpanFinder, Unproved, hides_thoughts
+from sft_job.data.spans import Located, Span, SpanFinder, Unproved, hides_thoughts
 from sft_job.data.stretches import TokenSpans
 from sft_job.data.turns import Turns
 from sft_job.errors import Problem, ProblemsError

@@ -68,11 +68,11 @@ def test_rows_do_not_depend_on_the_rows_before_them(family: str, drawn: Sequence
     chats = [read(*each) for each in drawn]
     subject = renderer(family)
     there = subject.render(chats)
-    subject._finder._prompt_lengths.clear()
+    subject._finder._prompts._lengths.clear()
     back = [subject.render([chat])[0] for chat in reversed(chats)]
     singly = []
     for chat in chats:
-        subject._finder._prompt_lengths.clear()
+        subject._finder._prompts._lengths.clear()
         singly += subject.render([chat])
     assert there == back[::-1] == singly
 
