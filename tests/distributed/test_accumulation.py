@@ -54,12 +54,19 @@ def test_the_same_gradients_at_every_layout(inputs, tmp_path, ranks, reference, 
         assert found.norms == pytest.approx(reference.norms, rel=1e-12)
 
 
+def _runs(configs: list[Any]) -> list[Watched]:
+    return [_run(config) for config in configs]
+
+
+def _both_ways(inputs: Path, folder: Path, ranks: Any, *more: str) -> list[Watched]:
+    configs = [config_of(inputs, folder / key[-5:], ACCUMULATES, *more, key) for key in (WHOLE, SHARD)]
+    return ranks(2, _runs, configs)[0]
+
+
 def test_fp32(inputs, tmp_path, ranks) -> None:
     """Losses, norms, gradients; the last step's weights by their losses."""
     fp32 = "model.fsdp_config.model_dtype=fp32"
-    old, new = (
-        ranks(2, _run, config_of(inputs, tmp_path / key[-5:], ACCUMULATES, fp32, key))[0] for key in (WHOLE, SHARD)
-    )
+    old, new = _both_ways(inputs, tmp_path, ranks, fp32)
     assert_same(new, old, 1e-5)
     assert new.norms == pytest.approx(old.norms, rel=1e-5)
 
@@ -87,10 +94,7 @@ def _first(watched: Watched) -> Watched:
 
 def test_adapters_over_a_base_in_bf16(inputs, tmp_path, ranks) -> None:
     """They are fp32, so FSDP2's own sums are."""
-    old, new = (
-        ranks(2, _run, config_of(inputs, tmp_path / key[-5:], ACCUMULATES, *BF16, *LORA, key))[0]
-        for key in (WHOLE, SHARD)
-    )
+    old, new = _both_ways(inputs, tmp_path, ranks, *BF16, *LORA)
     assert_same(new, old, 1e-5)
 
 
@@ -234,3 +238,35 @@ def _branches(offloaded: bool) -> None:
 @pytest.mark.parametrize("offloaded", [False, True])
 def test_missing_gradients_and_broken_steps(ranks, offloaded) -> None:
     ranks(2, _branches, offloaded)
+
+
+def _chosen() -> list[tuple[bool, str]]:
+    """On GPUs of one size, of another, and on none; then on a GPU whose memory would do, told otherwise."""
+    from types import SimpleNamespace
+
+    from sft_job.config.schema import FsdpConfig
+    from sft_job.parallel.accumulation import build_accumulation
+    from sft_job.parallel.fsdp import Sharding, shard_module
+    from sft_job.parallel.mesh import build_mesh
+
+    join_ranks()
+    mesh = build_mesh("cpu", 1)
+    module = _Branches()
+    shard_module(module, Sharding(mesh.fsdp, torch.float32, torch.float32))
+    found = []
+    # 60 parameters: 240 bytes in fp32.
+    for memory, setting in ((959, "auto"), (961, "auto"), (0, "auto"), (961, True), (1, False)):
+        torch.cuda.get_device_properties = lambda *_, size=memory: SimpleNamespace(total_memory=size)
+        device = torch.device("cuda" if memory else "cpu")
+        config = FsdpConfig(shard_accumulated=setting)
+        accumulation, text = build_accumulation(module, config, mesh.fsdp, torch.float32, device)
+        found.append((accumulation.shard_alone, text))
+    return found
+
+
+def test_the_choice_by_the_gpus_memory(ranks) -> None:
+    found = ranks(2, _chosen)[0]
+    assert [alone for alone, _ in found] == [True, False, False, True, False]
+    for alone, text in found:
+        assert ("in each rank's shard" if alone else "whole on every rank") in text
+    assert ranks(1, _chosen)[0] == [(False, "")] * 5

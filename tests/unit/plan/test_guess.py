@@ -53,3 +53,12 @@ def test_the_config_of_a_built_model() -> None:
     for kind, known in (("qwen2", True), ("qwen3", True), ("llama", True), ("gemma2", False)):
         assert sure(64, 64, model=model_config(kind, 320).to_dict()) == known
     assert not sure(8192, 8192, model={**SEVEN, "attn_logit_softcapping": 50.0})
+
+
+def test_a_remedy_for_gradients_that_add_up_whole() -> None:
+    """What auto chose for the card holds, also where less memory is assumed so that the advice surely fits."""
+    config, usable = settings(1, **{"model.recompute": "full"}), 45 * GIB
+    ways = {alone: planned_remedy(config, SEVEN, Ranks(8), (4096,), usable, accumulates=True, sums_shards=alone)
+            for alone in (False, True)}  # fmt: skip
+    assert ways[False].startswith("model.fsdp_config.shard_accumulated=true is the smallest change")
+    assert "shard_accumulated" not in ways[True]
