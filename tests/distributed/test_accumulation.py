@@ -26,36 +26,54 @@ LAYOUTS = {
 
 
 def _run(config: Any, **options: Any) -> Watched:
-    """A run with the gradients of each step; nothing waits from one step to the next."""
+    """A run with the gradients of each step; between steps, and in bf16 between micro-batches, none wait elsewhere."""
 
     def prepare(job: Any) -> None:
         assert len(job.longest) == 2, "steps have several micro-batches"
+        narrow = [p for p in job.module.parameters() if p.requires_grad and p.dtype == torch.bfloat16]
 
-        def look(*_: Any) -> None:
+        def between_steps(*_: Any) -> None:
             assert job.trainer.accumulation.sums == []
 
-        job.optimizer.register_step_pre_hook(look)
+        def between_micro_batches(*_: Any) -> None:
+            assert all(parameter.grad is None for parameter in narrow)
+
+        job.optimizer.register_step_pre_hook(between_steps)
+        job.module.register_forward_pre_hook(between_micro_batches)
 
     return run_job(config, gradients=True, prepared=prepare, **options)
 
 
+def _runs(configs: list[Any]) -> list[Watched]:
+    return [_run(config) for config in configs]
+
+
+def _two_dtypes(inputs: Path, folder: Path, *more: str, ulysses: int = 1) -> list[Any]:
+    """The same run in fp64, and with weights in bf16."""
+    return [
+        config_of(inputs, folder / str(len(dtype)), ACCUMULATES, *dtype, *more, ulysses=ulysses) for dtype in ((), BF16)
+    ]
+
+
 @pytest.fixture(scope="module")
-def reference(inputs: Path, tmp_path_factory: pytest.TempPathFactory, ranks) -> Watched:
-    config = config_of(inputs, tmp_path_factory.mktemp("reference"), ACCUMULATES, WHOLE)
-    return ranks(2, _run, config)[0]
+def reference(inputs: Path, tmp_path_factory: pytest.TempPathFactory, ranks) -> list[Watched]:
+    return ranks(2, _runs, _two_dtypes(inputs, tmp_path_factory.mktemp("reference"), WHOLE))[0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_same_gradients_at_every_layout(inputs, tmp_path, ranks, reference, layout) -> None:
+    """In bf16 within its rounding; of later steps only the losses, as AdamW makes a sign of a gradient near zero."""
     world, ulysses, more = LAYOUTS[layout]
-    config = config_of(inputs, tmp_path / "run", ACCUMULATES, SHARD, *more, ulysses=ulysses)
-    for found in ranks(world, _run, config):
-        assert_same(found, reference)
-        assert found.norms == pytest.approx(reference.norms, rel=1e-12)
+    found, narrow = ranks(world, _runs, _two_dtypes(inputs, tmp_path, SHARD, *more, ulysses=ulysses))[0]
+    assert_same(found, reference[0])
+    assert found.norms == pytest.approx(reference[0].norms, rel=1e-12)
+    assert_same(_first(narrow), _first(reference[1]), 2**-7)
+    assert narrow.losses == pytest.approx(reference[1].losses, rel=0.02)
+    assert all(gradient.dtype == torch.bfloat16 for gradient in narrow.gradients[0].values())
 
 
-def _runs(configs: list[Any]) -> list[Watched]:
-    return [_run(config) for config in configs]
+def _first(watched: Watched) -> Watched:
+    return replace(watched, losses=watched.losses[:1], gradients=watched.gradients[:1])
 
 
 def _both_ways(inputs: Path, folder: Path, ranks: Any, *more: str) -> list[Watched]:
@@ -69,27 +87,6 @@ def test_fp32(inputs, tmp_path, ranks) -> None:
     old, new = _both_ways(inputs, tmp_path, ranks, fp32)
     assert_same(new, old, 1e-5)
     assert new.norms == pytest.approx(old.norms, rel=1e-5)
-
-
-@pytest.fixture(scope="module")
-def rounded(inputs: Path, tmp_path_factory: pytest.TempPathFactory, ranks) -> Watched:
-    config = config_of(inputs, tmp_path_factory.mktemp("rounded"), ACCUMULATES, *BF16, WHOLE)
-    return ranks(2, _run, config)[0]
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_weights_in_bf16(inputs, tmp_path, ranks, rounded, layout) -> None:
-    """Within their rounding; of later steps only the losses, as AdamW makes a sign of a gradient near zero."""
-    world, ulysses, more = LAYOUTS[layout]
-    config = config_of(inputs, tmp_path / "run", ACCUMULATES, *BF16, SHARD, *more, ulysses=ulysses)
-    found = ranks(world, _run, config)[0]
-    assert_same(_first(found), _first(rounded), 2**-7)
-    assert found.losses == pytest.approx(rounded.losses, rel=0.02)
-    assert all(gradient.dtype == torch.bfloat16 for gradient in found.gradients[0].values())
-
-
-def _first(watched: Watched) -> Watched:
-    return replace(watched, losses=watched.losses[:1], gradients=watched.gradients[:1])
 
 
 def test_adapters_over_a_base_in_bf16(inputs, tmp_path, ranks) -> None:
