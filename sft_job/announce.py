@@ -16,8 +16,12 @@ def tell_start(
     rows: Rows,
     validation: Rows | None,
     state: RunState,
+    summed: str = "",
 ) -> None:
-    """Tell rows, steps and the learning rate's curve, and what the data report notes and warns of."""
+    """Tell rows, steps and the learning rate's curve, and what the data report notes and warns of.
+
+    ``summed`` is a line on how gradients of micro-batches add up, empty where there is nothing to say.
+    """
     reports = [cache.report for cache in named_caches(rows).values()]
     for line in dict.fromkeys(line for report in reports for line in (*report["notes"], *report["warnings"])):
         logger.message(line)
@@ -28,6 +32,8 @@ def tell_start(
         f"{rows.num_rows:,} training rows, {tokens:,} tokens; validation rows: "
         f"{validation.num_rows if validation else 0:,}; {attention}"
     )
+    if summed:
+        logger.message(summed)
     total = state.total_steps
     logger.message(f"steps {state.step} to {total}, {state.steps_per_epoch} an epoch")
     quarters = {total * part // 4 for part in (1, 2, 3)}

@@ -58,6 +58,7 @@ from sft_job.model.fp8 import token_multiple
 from sft_job.model.lora import uses_lora
 from sft_job.model.precision import precision_of
 from sft_job.optimizer import build_optimizer
+from sft_job.parallel.accumulation import build_accumulation
 from sft_job.parallel.fsdp import forget_broken_step
 from sft_job.parallel.mesh import Mesh, build_mesh
 from sft_job.plan.guess import keeps_everything, planned_remedy
@@ -162,12 +163,24 @@ class Job:
         """The smallest change that fits by the plan; a fault in it must not hide what went wrong."""
         if batch is not None and self.runtime.device.type == "cuda":
             with contextlib.suppress(Exception):
-                return planned_remedy(*self._for_plan(batch), CudaMemory(self.runtime.device).usable())
+                usable = CudaMemory(self.runtime.device).usable()
+                return planned_remedy(
+                    *self._for_plan(batch),
+                    usable,
+                    accumulates=len(self.longest) > 1,
+                    sums_shards=self.trainer.accumulation.shard_alone,
+                )
         return ""
+
+    @property
+    def _sums_whole(self) -> bool:
+        """Every rank adds up gradients of all parameters, as far as the rehearsal tells."""
+        return len(self.longest) > 1 and not self.trainer.accumulation.shard_alone
 
     def _recover(self) -> bool:
         """After a rehearsal that broke off; what it left of gradients would be added to the first step's."""
         self.optimizer.zero_grad()
+        self.trainer.accumulation.forget()
         return forget_broken_step(self.module)
 
     @contextlib.contextmanager
@@ -182,9 +195,11 @@ class Job:
             where = f"{stage} {self.trainer.state.step + 1} on rank {rank}"
             if batch is not None:
                 where += f": {shapes_text(batch, config.ulysses_sequence_parallel_size)}"
-            kinds = memory_by_kind(self.module, self.optimizer, self.runtime.device)
+            kinds = memory_by_kind(self.module, self.optimizer, self.runtime.device, self.trainer.accumulation.sums)
             longest = batch.max_seqlen if batch else config.data.max_length
-            advice = remedies(config, longest, self.runtime.world, self._planned_remedy(batch))
+            advice = remedies(
+                config, longest, self.runtime.world, self._planned_remedy(batch), whole_gradients=self._sums_whole
+            )
             raise JobError(ExitCode.OUT_OF_MEMORY, out_of_memory_text(error, where, kinds, advice)) from error
 
     def close(self) -> None:
@@ -292,6 +307,7 @@ def build_job(config: JobConfig, runtime: Runtime, stop: StopWish, start: Start,
         accumulates=accumulates,
     )
     optimizer = build_optimizer(module, config.optim, runtime.device.type)
+    accumulation, summed = build_accumulation(module, fsdp, mesh.fsdp, precision.reduce, runtime.device)
     checkpointer = Checkpointer(
         run,
         module,
@@ -315,13 +331,14 @@ def build_job(config: JobConfig, runtime: Runtime, stop: StopWish, start: Start,
 
     shape = FlopsShape.from_config(module.lm.config)
     if loggers is not None:
-        tell_start(loggers, config, attention, rows, validation, state)
+        tell_start(loggers, config, attention, rows, validation, state, summed if accumulates else "")
     trainer = Trainer(
         config,
         runtime,
         module,
         optimizer,
         mesh.shard_group,
+        accumulation,
         schedule,
         state,
         checkpointer,

@@ -14,16 +14,19 @@ from sft_job.data.batches import PackedBatch
 _GIB = 2**30
 
 
-def memory_by_kind(module: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> dict[str, int]:
+def memory_by_kind(
+    module: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, sums: Iterable[Tensor] = ()
+) -> dict[str, int]:
     """Bytes on a device by what they are for: this rank's share of everything.
 
-    On a GPU the kinds add up to its whole memory. On the CPU only what the tensors themselves say is known.
+    On a GPU the kinds add up to its whole memory. On the CPU only what the tensors themselves say is known. ``sums``
+    are gradients that wait for a step's next micro-batch outside of the parameters.
     """
     parameters = list(module.parameters())
     states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     kinds = {
         "weights": _bytes_on(device, parameters),
-        "gradients": _bytes_on(device, [p.grad for p in parameters if p.grad is not None]),
+        "gradients": _bytes_on(device, [*sums, *(p.grad for p in parameters if p.grad is not None)]),
         "optimizer states": _bytes_on(device, states),
     }
     if device.type != "cuda":
@@ -56,7 +59,9 @@ def shapes_text(batch: PackedBatch, ulysses_size: int) -> str:
     return text if ulysses_size == 1 else f"{text}; {batch.input_ids.shape[1]:,} tokens on each of {ulysses_size} ranks"
 
 
-def remedies(config: JobConfig, longest: int, world: int, planned: str = "") -> list[str]:
+def remedies(
+    config: JobConfig, longest: int, world: int, planned: str = "", *, whole_gradients: bool = False
+) -> list[str]:
     """Settings that lower the need, the cheapest in speed first; only those that this config has not used up.
 
     Args:
@@ -64,6 +69,7 @@ def remedies(config: JobConfig, longest: int, world: int, planned: str = "") -> 
         longest: tokens of the longest document of the batch that did not fit.
         world: ranks of the run.
         planned: what ``plan.guess.planned_remedy`` says; it comes first.
+        whole_gradients: each rank keeps gradients of all parameters from one micro-batch to the next.
     """
     data, model, ulysses = config.data, config.model, config.ulysses_sequence_parallel_size
     lines = [planned] if planned else []
@@ -78,6 +84,11 @@ def remedies(config: JobConfig, longest: int, world: int, planned: str = "") -> 
         )
     if not data.use_dynamic_bsz and data.micro_batch_size_per_gpu > 1 and config.use_remove_padding:
         lines.append(f"data.micro_batch_size_per_gpu below {data.micro_batch_size_per_gpu}; the result is the same")
+    if whole_gradients and world > 1 and model.fsdp_config.fsdp_size != 1:
+        lines.append(
+            "model.fsdp_config.shard_accumulated=true adds gradients of micro-batches up in each rank's shard alone, "
+            "instead of whole on every rank"
+        )
     if 2 * ulysses <= world:
         lines.append(
             f"ulysses_sequence_parallel_size above {ulysses} shares each document between more of the {world} ranks"

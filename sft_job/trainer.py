@@ -24,7 +24,7 @@ from sft_job.forensics import BadStep, BadSteps
 from sft_job.metrics.loggers import Loggers
 from sft_job.metrics.meters import StepMeter, source_record, validation_record
 from sft_job.optimizer import gradient_norm, learning_rate, scale_gradients, set_learning_rate
-from sft_job.parallel.fsdp import set_gradient_sync
+from sft_job.parallel.accumulation import Accumulation
 from sft_job.pulse import SAVING, VALIDATING
 from sft_job.runtime import Runtime, StopWish, peak_memory, seed_step
 
@@ -91,6 +91,7 @@ class Trainer:
         module: sharded; its forward gives the loss sum of a packed batch over a divisor.
         optimizer: over the module's parameters.
         shard_group: the ranks that together hold one copy of them.
+        accumulation: how their gradients add up over micro-batches.
         schedule: when things happen.
         state: where the run stands.
         checkpointer: saves.
@@ -110,6 +111,7 @@ class Trainer:
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
         shard_group: dist.ProcessGroup,
+        accumulation: Accumulation,
         schedule: Schedule,
         state: RunState,
         checkpointer: Checkpointer,
@@ -126,6 +128,8 @@ class Trainer:
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         self._optimizer = optimizer
         self._shard_group = shard_group
+        self.accumulation = accumulation
+        """How gradients add up over micro-batches."""
         self._reshard = config.model.fsdp_config.reshard_after_forward
         self.schedule = schedule
         """When things happen."""
@@ -249,9 +253,9 @@ class Trainer:
             self.working_on = micro
             self._runtime.pulse.beat()
             last = index == len(micro_batches) - 1
-            set_gradient_sync(self._module, sync=last, reshard=last or self._reshard)
-            loss = self._module(micro.to(self._runtime.device), num_targets)
-            loss.backward()
+            with self.accumulation.micro_batch(last=last, reshard=last or self._reshard):
+                loss = self._module(micro.to(self._runtime.device), num_targets)
+                loss.backward()
             total = total + loss.detach()
         return total
 

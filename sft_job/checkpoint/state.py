@@ -50,6 +50,7 @@ SAFE_KEYS = frozenset(
         "model.fsdp_config.fsdp_size",
         "model.fsdp_config.reshard_after_forward",
         "model.fsdp_config.shard_frozen",
+        "model.fsdp_config.shard_accumulated",
         "model.external_lib",
         "model.lora_adapter_path",  # where the adapter came from; its weights are the checkpoint's
         "model.fsdp_config.cpu_offload",

@@ -80,6 +80,8 @@ _DOES: Mapping[str, str] = {
     "for the step's backwards and further micro-batches",
     "model.fsdp_config.shard_frozen": "with LoRA: shards the base too; false = each GPU holds it whole; auto = "
     "whole in up to a third of its memory",
+    "model.fsdp_config.shard_accumulated": "gradients of a step's micro-batches add up in each GPU's shard alone, "
+    "reduced every time; false = whole on each GPU, reduced once a step; auto = whole in up to a quarter of its memory",
     "model.enable_gradient_checkpointing": "recomputes decoder blocks in the backward to save memory",
     "model.recompute": "what is computed again in the backward: auto = as little as the GPU's memory allows; none; "
     "attention = all but attention; full = whole blocks; offload = whole blocks, whose inputs wait in host memory",

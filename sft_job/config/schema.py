@@ -124,6 +124,10 @@ class FsdpConfig:
     shard_frozen: Any = "auto"
     """Shard the weights that LoRA does not train: true, false (every rank holds them whole, and nothing is gathered),
     or auto (whole where they take less than a third of the GPU's memory)."""
+    shard_accumulated: Any = "auto"
+    """Add gradients of a step's micro-batches up in each rank's shard alone: true (every micro-batch is reduced over
+    the ranks), false (they are reduced once a step, and until then every rank keeps gradients of all trained weights,
+    in fp32), or auto (true where those would take more than a quarter of the GPU's memory)."""
 
 
 @dataclass

@@ -156,6 +156,7 @@ _RULES: Mapping[str, _Rule] = {
     "model.fp8": _one_of("none", "tensorwise", "rowwise"),
     "model.compile": _AUTO_OR_BOOL,
     "model.fsdp_config.shard_frozen": _AUTO_OR_BOOL,
+    "model.fsdp_config.shard_accumulated": _AUTO_OR_BOOL,
     "model.attention": _one_of("auto", *ATTENTION_BACKENDS),
     "model.strategy": _one_of("fsdp", "fsdp2"),
     "optim.lr": _POSITIVE,

@@ -199,7 +199,7 @@ FOREIGN: Mapping[str, Foreign] = MappingProxyType(
         "engine.use_torch_compile": Foreign(_SPEED),
         "engine.per_layer_optimizer_step": Foreign(_SPEED),
         "engine.optimizer_step_prefetch_layers": Foreign(_SPEED),
-        "engine.use_no_sync_for_gradient_accumulation": Foreign(_SPEED),
+        "engine.use_no_sync_for_gradient_accumulation": Foreign("model.fsdp_config.shard_accumulated says it here"),
         "engine.pad_to_length": Foreign(_SPEED),
         "engine.pad_to_length_bucket": Foreign(_SPEED),
         "engine.entropy_from_logits_with_chunking": Foreign(_RL),

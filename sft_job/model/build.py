@@ -13,6 +13,7 @@ from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sft_job.config.schema import ModelConfig
+from sft_job.config.shares import holds_frozen
 from sft_job.data.shm import to_shm
 from sft_job.model.attention.call import Needs
 from sft_job.model.attention.choose import choose_backend
@@ -86,7 +87,7 @@ def build_model(
         reshard=fsdp.reshard_after_forward,
         offload=fsdp.cpu_offload or fsdp.offload_params,
         accumulates=accumulates,
-        whole_frozen=adapters is not None and _fits_whole(lm, fsdp.shard_frozen, device, precision.compute),
+        whole_frozen=adapters is not None and _whole_frozen(lm, fsdp.shard_frozen, mesh, device, precision.compute),
     )
     shard_model(module, sharding, device, seed if draw_base else None)
     if fill_base and not draw_base:
@@ -100,14 +101,12 @@ def build_model(
     return module.train(), why
 
 
-def _fits_whole(lm: PreTrainedModel, shard_frozen: str | bool, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether every rank can hold the frozen weights whole: where that is not said, in a third of a GPU's memory."""
-    if shard_frozen != "auto":
-        return not shard_frozen
-    if device.type != "cuda":
-        return False
+def _whole_frozen(
+    lm: PreTrainedModel, shard_frozen: str | bool, mesh: Mesh, device: torch.device, dtype: torch.dtype
+) -> bool:
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     frozen = sum(parameter.numel() for parameter in lm.parameters() if not parameter.requires_grad)
-    return frozen * dtype.itemsize < torch.cuda.get_device_properties(device).total_memory / 3
+    return holds_frozen(shard_frozen, frozen * dtype.itemsize, memory, mesh.layout.world)
 
 
 def attention_needs(config: PretrainedConfig, device: torch.device, dtype: torch.dtype, longest: int = 0) -> Needs:

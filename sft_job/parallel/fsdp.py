@@ -82,19 +82,6 @@ def sum_gradients(modules: Iterable[nn.Module], sharding: Sharding) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
-def set_gradient_sync(root: nn.Module, *, sync: bool, reshard: bool) -> None:
-    """Say how the coming micro-batch ends.
-
-    Args:
-        root: the root module.
-        sync: reduce gradients in its backward (the step's last one), or only accumulate them on this rank.
-        reshard: free gathered weights after its backward, or keep them for the next micro-batch.
-    """
-    assert isinstance(root, FSDPModule)
-    root.set_requires_gradient_sync(sync)
-    root.set_reshard_after_backward(reshard)
-
-
 def forget_broken_step(root: nn.Module) -> bool:
     """Make FSDP ready for a forward after one, or its backward, broke off with an error; gradients are not touched.
 

@@ -46,6 +46,7 @@ class Rows:
         source: where this comes from, for people.
         validation: rows of validation.
         heavy: of many lengths those that the largest micro-batch is looked for among; None = all.
+        several: a step has several micro-batches, of which the lengths show one.
     """
 
     lengths: npt.NDArray[np.int32]
@@ -56,6 +57,7 @@ class Rows:
     source: str
     validation: int = 0
     heavy: npt.NDArray[np.int32] | None = None
+    several: bool = False
 
     @classmethod
     def of_all(cls, lengths: npt.NDArray[np.int32], total: int, trained: float, source: str, validation: int) -> Rows:
@@ -145,9 +147,17 @@ def largest_micro(config: JobConfig, rows: Rows) -> tuple[Micro, list[int]]:
 
 def _accumulates(config: JobConfig, rows: Rows, dp: int) -> bool:
     batch, lengths = config.data.train_batch_size, rows.lengths if rows.heavy is None else rows.heavy
+    if rows.several:
+        return True
     if not rows.exact and (rows.total is None or rows.total > len(lengths)):
         lengths = np.full(batch, max(rows.longest, 1), dtype=np.int32)
     return accumulates(lengths, pack_settings(config), batch, dp)
+
+
+def planned_setup(config: JobConfig, shape: Shape, card: Card, ranks: Ranks, rows: Rows) -> Setup:
+    """What a run's settings come to with these rows; the arguments are those of ``estimate``."""
+    dp = max(1, ranks.world // config.ulysses_sequence_parallel_size)
+    return setup_of(config, shape, card, ranks, accumulates=_accumulates(config, rows, dp))
 
 
 def estimate(config: JobConfig, shape: Shape, card: Card, ranks: Ranks, rows: Rows, *, timed: bool = True) -> Estimate:
@@ -161,8 +171,7 @@ def estimate(config: JobConfig, shape: Shape, card: Card, ranks: Ranks, rows: Ro
         rows: that it trains on.
         timed: also say how long it takes.
     """
-    dp = max(1, ranks.world // config.ulysses_sequence_parallel_size)
-    setup = setup_of(config, shape, card, ranks, accumulates=_accumulates(config, rows, dp))
+    setup = planned_setup(config, shape, card, ranks, rows)
     micro, _ = largest_micro(config, rows)
     levels = levels_of(NONE if setup.recompute == "auto" else setup.recompute, shape.layers)
     memory = footprint(shape, setup, micro, levels)

@@ -59,11 +59,16 @@ class Footprint:
 
 @dataclass(frozen=True)
 class _States:
-    """Bytes of parameters and what belongs to them, on the device. ``grads`` is all gradients once they are reduced."""
+    """Bytes of parameters and what belongs to them, on the device.
+
+    ``grads`` is all gradients once they are reduced, ``sums`` what is kept of them from one micro-batch to the next
+    where that is this rank's shard alone.
+    """
 
     weights: float
     moments: float
     grads: float
+    sums: float
     block_trained: float
     root_trained: float
     block_grads: float
@@ -89,12 +94,18 @@ def _states(shape: Shape, setup: Setup) -> _States:
         weights=here * weights,
         moments=here * 2 * width * trained / setup.shards,
         grads=here * width * trained / setup.shards,
+        sums=_sums(setup, trained, width) * (1.0 if setup.copies > 1 else here),
         block_trained=block,
         root_trained=root,
         block_grads=here * width * block / setup.shards,
         root_gathered=setup.compute * (root + frozen_root) if gathers else 0.0,
         block_gathered=setup.compute * (block + frozen_block) if gathers else 0.0,
     )
+
+
+def _sums(setup: Setup, trained: float, width: int) -> float:
+    """Bytes of this rank's sums over micro-batches, in fp32 at least."""
+    return max(4, width) * trained / setup.shards if setup.sums_shards else 0.0
 
 
 def _loss_stage(shape: Shape, setup: Setup, micro: Micro) -> dict[str, float]:
@@ -118,14 +129,14 @@ def _moments_of_step(shape: Shape, setup: Setup, micro: Micro, levels: Sequence[
     base = {"weights": states.weights, "optimizer states": states.moments}
     buffers = states.root_gathered + states.block_gathered * (2 if setup.reshard else blocks)
     unsharded = setup.managed or bool(setup.rank)
-    waiting = setup.reduce if setup.accumulates and unsharded else 0
+    waiting = setup.reduce if setup.accumulates and unsharded and not setup.sums_shards else 0
     trained = states.block_trained * blocks + states.root_trained
     common = {**base, "gathered weights": buffers}
     found: dict[str, dict[str, float]] = {
         "at the loss": {
             **common,
             "activations": sum(sizes),
-            "gradients": waiting * trained,
+            "gradients": waiting * trained + states.sums,
             **_loss_stage(shape, setup, micro),
         }
     }
@@ -146,6 +157,9 @@ def _moments_of_step(shape: Shape, setup: Setup, micro: Micro, levels: Sequence[
         gradients = (blocks - block) * states.block_grads + waiting * (
             states.block_trained * (block + 1) + states.root_trained
         )
+        if setup.sums_shards:
+            # A sum goes when its gradient stays, in the last backward; before, a block's gradients go when they are in.
+            gradients = states.sums + states.block_grads
         moment = {
             **common,
             "activations": before[block] + max(sizes[block], there) + in_flight,
@@ -158,7 +172,7 @@ def _moments_of_step(shape: Shape, setup: Setup, micro: Micro, levels: Sequence[
     found["at the end of the backward"] = {
         **base,
         "gathered weights": states.root_gathered,
-        "gradients": states.grads,
+        "gradients": max(states.grads, states.sums),
         "buffers of the backward": root,
     }
     return found
@@ -197,7 +211,8 @@ def _host(shape: Shape, setup: Setup, micro: Micro, levels: Sequence[str]) -> di
     }
     if setup.offload:
         frozen = setup.storage * shape.parameters if setup.rank else 0.0
-        parts["offloaded weights, gradients, states"] = (4.0 * width * trained + frozen) / setup.shards * gpus
+        sums = 0.0 if setup.copies > 1 or width >= 4 else _sums(setup, trained, width)
+        parts["offloaded weights, gradients, states"] = ((4.0 * width * trained + frozen) / setup.shards + sums) * gpus
     return {name: size for name, size in parts.items() if size}
 
 

@@ -13,17 +13,25 @@ from sft_job.plan.activations import NONE
 from sft_job.plan.cards import CARDS
 from sft_job.plan.estimate import Rows, largest_micro
 from sft_job.plan.footprint import footprint
-from sft_job.plan.prices import Case, smallest_change
-from sft_job.plan.setup import GIB, Ranks, setup_of
+from sft_job.plan.prices import SUMS, Case, smallest_change, with_changes
+from sft_job.plan.setup import GIB, Ranks
 from sft_job.plan.shape import KNOWN, read_shape
 
 _SURE = 0.12
 """Share of the memory that must stay free by the plan before the first rehearsal keeps everything."""
 
 
-def _case(config: JobConfig, model: Mapping[str, Any], ranks: Ranks, documents: Sequence[int], usable: float) -> Case:
+def _case(
+    config: JobConfig,
+    model: Mapping[str, Any],
+    ranks: Ranks,
+    documents: Sequence[int],
+    usable: float,
+    *,
+    accumulates: bool = False,
+) -> Case:
     lengths = np.array(documents, dtype=np.int32)
-    rows = Rows(lengths, None, True, int(lengths.max()), 1.0, "the batch")
+    rows = Rows(lengths, None, True, int(lengths.max()), 1.0, "the batch", several=accumulates)
     card = replace(CARDS["h200"], memory=usable / GIB)
     return Case(config, read_shape(model), card, ranks, rows)
 
@@ -53,15 +61,21 @@ def keeps_everything(
         return False
     if model.get("attn_logit_softcapping"):  # perhaps by the plain formula, which keeps all scores
         return False
-    case = _case(config, model, ranks, documents, usable)
-    setup = setup_of(config, case.shape, case.card, ranks, accumulates=accumulates)
+    case = _case(config, model, ranks, documents, usable, accumulates=accumulates)
     micro, _ = largest_micro(config, case.rows)
     levels = (NONE,) * case.shape.layers
-    return footprint(case.shape, setup, micro, levels).peak <= usable * (1 - _SURE)
+    return footprint(case.shape, case.setup(), micro, levels).peak <= usable * (1 - _SURE)
 
 
 def planned_remedy(
-    config: JobConfig, model: Mapping[str, Any], ranks: Ranks, documents: Sequence[int], usable: float
+    config: JobConfig,
+    model: Mapping[str, Any],
+    ranks: Ranks,
+    documents: Sequence[int],
+    usable: float,
+    *,
+    accumulates: bool,
+    sums_shards: bool,
 ) -> str:
     """A line on the smallest change that fits, by the plan; empty where it knows none.
 
@@ -71,13 +85,16 @@ def planned_remedy(
         ranks: of the run.
         documents: tokens of each document of the micro-batch that did not fit.
         usable: bytes of device memory that tensors can have.
+        accumulates: a step may have several micro-batches.
+        sums_shards: their gradients add up in each rank's shard alone.
     """
     if not documents or model.get("model_type") not in KNOWN:
         return ""
-    case = _case(config, model, ranks, documents, usable)
+    config = with_changes(config, {SUMS: sums_shards})  # what auto chose, whatever memory is assumed below
+    case = _case(config, model, ranks, documents, usable, accumulates=accumulates)
     # It did not fit, whatever the plan says of it: what is advised must need clearly less.
     least = case.estimate(timed=False).least
-    case = _case(config, model, ranks, documents, min(usable, least))
+    case = _case(config, model, ranks, documents, min(usable, least), accumulates=accumulates)
     remedy = smallest_change(case)
     if remedy is None:
         return ""

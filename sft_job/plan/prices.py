@@ -13,12 +13,12 @@ import numpy as np
 from sft_job.config.layout import ulysses_fits
 from sft_job.config.schema import JobConfig
 from sft_job.plan.cards import Card
-from sft_job.plan.estimate import FITS, Estimate, Rows, estimate, largest_micro
-from sft_job.plan.setup import RECOMPUTE_VALUES, Ranks
+from sft_job.plan.estimate import FITS, Estimate, Rows, estimate, largest_micro, planned_setup
+from sft_job.plan.setup import RECOMPUTE_VALUES, Ranks, Setup
 from sft_job.plan.shape import Shape
 
 Changes = Mapping[str, Any]
-RECOMPUTE = "model.recompute"
+RECOMPUTE, SUMS = "model.recompute", "model.fsdp_config.shard_accumulated"
 _ROWS, _TOKENS = "data.micro_batch_size_per_gpu", "data.max_token_len_per_gpu"
 _ULYSSES, _SHARDS = "ulysses_sequence_parallel_size", "model.fsdp_config.fsdp_size"
 _OFFLOAD, _DTYPE, _LORA = "model.fsdp_config.cpu_offload", "model.fsdp_config.model_dtype", "model.lora_rank"
@@ -41,6 +41,10 @@ class Case:
         """The estimate with some settings changed."""
         config = with_changes(self.config, changes) if changes else self.config
         return estimate(config, self.shape, self.card, self.ranks, self.rows, timed=timed)
+
+    def setup(self) -> Setup:
+        """What the settings come to."""
+        return planned_setup(self.config, self.shape, self.card, self.ranks, self.rows)
 
 
 @dataclass(frozen=True)
@@ -137,10 +141,19 @@ def _alternatives(case: Case) -> Iterator[Changes]:
         yield {_DTYPE: "fp32"}
     if case.ranks.world > 1:
         yield {_RESHARD: not fsdp.reshard_after_forward}
+        sums = _sums_shards(case)
+        if sums is not None:
+            yield {SUMS: not sums}
         if fsdp.fsdp_size == -1 and case.ranks.world > 2:
             yield {_SHARDS: case.ranks.gpus if case.ranks.nodes > 1 else case.ranks.world // 2}
         elif fsdp.fsdp_size not in (-1, case.ranks.world):
             yield {_SHARDS: -1}
+
+
+def _sums_shards(case: Case) -> bool | None:
+    """Whether gradients add up in each rank's shard alone; None where nothing adds up, or there is one shard."""
+    setup = case.setup()
+    return setup.sums_shards if setup.accumulates and setup.shards > 1 else None
 
 
 def prices(case: Case) -> list[Price]:
@@ -175,6 +188,8 @@ def _smaller(case: Case) -> list[tuple[int, list[Changes]]]:
         choices.append((0, [{_SHARDS: -1}]))
     if model.lora_rank and fsdp.shard_frozen != True and case.ranks.world > 1:  # noqa: E712  "auto" is no bool
         choices.append((0, [{_FROZEN: True}]))
+    if _sums_shards(case) is False:
+        choices.append((0, [{SUMS: True}]))
     if not (fsdp.cpu_offload or fsdp.offload_params):
         choices.append((1, [{_OFFLOAD: True}]))
     if fsdp.model_dtype != "bf16":

@@ -24,6 +24,7 @@ _ROWWISE = 0.66
 """Rate of fp8 products with a scale for each row, casts included, over that of tensorwise ones."""
 _CALL = 45e-6
 """Seconds of a small collective's launch."""
+_REDUCING = "reducing gradients"
 _STOLEN = 0.15
 """Share of the time of a collective behind computation by which the computation gets slower."""
 _HOST_ADAM = 60.0
@@ -121,6 +122,10 @@ def micro_seconds(shape: Shape, card: Card, setup: Setup, work: Work, levels: Se
     parts["Ulysses exchanges"] = _ulysses(shape, card, setup, work.tokens, blocks, recomputed)
     gathering, copied = _gathers(shape, card, setup)
     parts["gathering weights"] = copied + max(0.0, gathering - computing) + _STOLEN * min(gathering, computing)
+    if setup.sums_shards:
+        reduction = _reduce_scatter(shape, card, setup)
+        cover = computing * 2 / 3
+        parts[_REDUCING] = max(0.0, reduction - cover) + _STOLEN * min(reduction, cover)
     if OFFLOAD in levels:
         copies = 2 * setup.compute * shape.hidden * work.tokens * levels.count(OFFLOAD) / (card.host * _GIGA)
         parts["copies to host memory"] = max(0.0, copies - computing) + _STOLEN * min(copies, computing)
@@ -159,15 +164,28 @@ def _gathers(shape: Shape, card: Card, setup: Setup) -> tuple[float, float]:
     return seconds, copied
 
 
+def _trained(shape: Shape, setup: Setup) -> int:
+    return setup.adapter_parameters(shape.layers) if setup.rank else shape.parameters
+
+
+def _reduce_scatter(shape: Shape, card: Card, setup: Setup) -> float:
+    """Seconds in which all gradients are summed over the ranks of a copy, each rank getting its shard."""
+    shards = setup.shards
+    if shards == 1:
+        return 0.0
+    sent = setup.reduce * _trained(shape, setup) * (shards - 1) / shards
+    return sent / _collective_rate(card, setup, shards)
+
+
 def step_end(shape: Shape, card: Card, setup: Setup) -> Parts:
-    """Seconds once a step: reduction of gradients and the optimizer, by part; the reduction before what hides it."""
-    adapters = setup.adapter_parameters(shape.layers)
-    trained = adapters if setup.rank else shape.parameters
+    """Seconds once a step: reduction of gradients and the optimizer, by part; the reduction before what hides it.
+
+    Where every micro-batch is reduced that is in its own time, but for the sum over copies.
+    """
+    trained = _trained(shape, setup)
     width = max(4, setup.storage) if setup.rank else setup.storage
     world, shards = setup.ranks.world, setup.shards
-    reduction = 0.0
-    if shards > 1:
-        reduction += setup.reduce * trained * (shards - 1) / shards / _collective_rate(card, setup, shards)
+    reduction = 0.0 if setup.sums_shards else _reduce_scatter(shape, card, setup)
     if world > shards:
         copies = world // shards
         reduction += 2 * setup.reduce * trained / shards * (copies - 1) / copies / _collective_rate(card, setup, world)
@@ -177,7 +195,7 @@ def step_end(shape: Shape, card: Card, setup: Setup) -> Parts:
     if setup.managed:
         # Into FSDP's buffers in the wider dtype, and back into gradients.
         moved += trained * (setup.compute + 2 * setup.reduce) * (0.0 if setup.offload else 1.0)
-    return {"reducing gradients": reduction, "optimizer": moved / rate + 2e-3}
+    return {_REDUCING: reduction, "optimizer": moved / rate + 2e-3}
 
 
 def joined(micros: Sequence[Mapping[str, float]], end: Mapping[str, float]) -> Parts:
@@ -186,8 +204,9 @@ def joined(micros: Sequence[Mapping[str, float]], end: Mapping[str, float]) -> P
     for parts in micros:
         for name, seconds in parts.items():
             total[name] = total.get(name, 0.0) + seconds
-    reduction = end["reducing gradients"]
+    reduction = end[_REDUCING]
     cover = sum(micros[-1].values()) * 2 / 3 if micros else 0.0
-    total["reducing gradients"] = max(0.0, reduction - cover) + _STOLEN * min(reduction, cover)
+    last = max(0.0, reduction - cover) + _STOLEN * min(reduction, cover)
+    total[_REDUCING] = total.get(_REDUCING, 0.0) + last
     total["optimizer"] = end["optimizer"]
     return {name: seconds for name, seconds in total.items() if seconds > 0}

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft_job.config.schema import FsdpConfig, JobConfig, ModelConfig
+from sft_job.config.schema import JobConfig, ModelConfig
+from sft_job.config.shares import holds_frozen, sums_shards
 from sft_job.plan.cards import Card
 from sft_job.plan.shape import Linear, Shape, adapted
 
@@ -56,6 +57,7 @@ class Setup:
         offload: weights, gradients and states live in host memory.
         reshard: gathered weights are freed after a block's forward.
         accumulates: a step may have several micro-batches.
+        sums_shards: their gradients add up in each rank's shard alone; False = whole on every rank.
         whole_frozen: each rank holds the frozen base whole.
         attention: backend.
         clips: gradients are clipped.
@@ -76,6 +78,7 @@ class Setup:
     offload: bool
     reshard: bool
     accumulates: bool
+    sums_shards: bool
     whole_frozen: bool
     attention: str
     clips: bool
@@ -87,6 +90,11 @@ class Setup:
         return self.ranks.world // self.ulysses
 
     @property
+    def copies(self) -> int:
+        """Copies of the parameters, each shared by ``shards`` ranks."""
+        return self.ranks.world // self.shards
+
+    @property
     def managed(self) -> bool:
         """FSDP gathers and reduces the trained weights; False = it would only copy, and is told not to."""
         alone = self.shards == self.ranks.world == 1
@@ -94,7 +102,7 @@ class Setup:
 
     def adapter_parameters(self, layers: int) -> int:
         """Parameters of all adapters."""
-        return layers * self.rank * sum(linear.wide_in + linear.wide_out for linear in self.adapters)
+        return _adapter_parameters(layers, self.rank, self.adapters)
 
     def in_fp8(self, linear: Linear) -> bool:
         """Whether a layer's products are in fp8."""
@@ -111,33 +119,39 @@ def setup_of(config: JobConfig, shape: Shape, card: Card, ranks: Ranks, *, accum
     rank = _lora_rank(model)
     offload = fsdp.cpu_offload or fsdp.offload_params
     frozen = shape.parameters * compute
-    whole = rank > 0 and not offload and storage == compute and _whole(fsdp, frozen, card, world)
+    whole = rank > 0 and not offload and storage == compute
+    adapters = adapted(shape, model) if rank else ()
+    trained = _adapter_parameters(shape.layers, rank, adapters) if rank else shape.parameters
+    shards, reduce, memory = (
+        world if fsdp.fsdp_size == -1 else fsdp.fsdp_size,
+        8 if storage == 8 else 4,
+        card.memory * GIB,
+    )
     return Setup(
         ranks=ranks,
         ulysses=config.ulysses_sequence_parallel_size,
-        shards=world if fsdp.fsdp_size == -1 else fsdp.fsdp_size,
+        shards=shards,
         storage=storage,
         compute=compute,
-        reduce=8 if storage == 8 else 4,
+        reduce=reduce,
         recompute=_recompute(config),
         compiled=model.compile == "auto" or bool(model.compile),
         fp8=model.fp8,
         rank=rank,
-        adapters=adapted(shape, model) if rank else (),
+        adapters=adapters,
         offload=offload,
         reshard=fsdp.reshard_after_forward,
         accumulates=accumulates,
-        whole_frozen=whole,
+        sums_shards=accumulates and sums_shards(fsdp.shard_accumulated, reduce * trained, memory, shards),
+        whole_frozen=whole and holds_frozen(fsdp.shard_frozen, frozen, memory, world),
         attention=card.flash if model.attention == "auto" else model.attention,
         clips=config.optim.clip_grad > 0,
         stages=config.trainer.async_save,
     )
 
 
-def _whole(fsdp: FsdpConfig, frozen: int, card: Card, world: int) -> bool:
-    if fsdp.shard_frozen != "auto":
-        return not fsdp.shard_frozen or world == 1
-    return world == 1 or frozen < card.memory * GIB / 3
+def _adapter_parameters(layers: int, rank: int, adapters: tuple[Linear, ...]) -> int:
+    return layers * rank * sum(linear.wide_in + linear.wide_out for linear in adapters)
 
 
 def _recompute(config: JobConfig) -> str:

@@ -19,6 +19,7 @@ from sft_job.plan.shape import KNOWN
 
 _STYLES = {FITS: "bold green", TIGHT: "bold yellow"}
 _LEVELS = {NONE: "nothing", ATTENTION: "all but attention", FULL: "all", OFFLOAD: "all, inputs in host memory"}
+_SUMS = {False: ", whole on each rank", True: ", in each rank's shard alone"}
 _DTYPES = {2: "bf16", 4: "fp32", 8: "fp64"}
 
 
@@ -151,7 +152,7 @@ def _facts(case: Case, found: Estimate) -> list[tuple[str, str]]:
         (
             "micro-batch",
             f"at most {micro.tokens:,} tokens on a rank, the longest document {micro.longest:,}"
-            + ("; gradients add up over several" if setup.accumulates else ""),
+            + (f"; gradients add up over several{_SUMS[setup.sums_shards]}" if setup.accumulates else ""),
         ),
         ("recomputed", f"of {shape.layers} blocks: {chosen}" + (" (auto)" if setup.recompute == "auto" else "")),
     ]

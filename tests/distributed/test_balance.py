@@ -36,12 +36,12 @@ def _steps(folder: Path, ulysses: int) -> dict[str, tuple[float, dict[str, torch
     import torch.distributed as dist
 
     from sft_job.data.batches import pack_rows
-    from sft_job.parallel.fsdp import set_gradient_sync
+    from sft_job.parallel.accumulation import Accumulation
     from tests.distributed.runs import whole
     from tests.distributed.test_model import _documents, _module
 
     module, mesh = _module(folder, ulysses, "fp64")
-    place = mesh.layout
+    place, accumulation = mesh.layout, Accumulation(module)
     found = {}
     for name, (lengths, settings) in CASES.items():
         rows = _documents(lengths)
@@ -51,10 +51,10 @@ def _steps(folder: Path, ulysses: int) -> dict[str, tuple[float, dict[str, torch
         sizes = []
         for number, chosen in enumerate(plan[place.dp_rank]):
             last = number == len(plan[place.dp_rank]) - 1
-            set_gradient_sync(module, sync=last, reshard=True)
             batch = pack_rows([rows[row] for row in chosen], ulysses, place.ulysses_rank, 0)
-            loss = module(batch, divisor)
-            loss.backward()
+            with accumulation.micro_batch(last=last, reshard=True):
+                loss = module(batch, divisor)
+                loss.backward()
             total += loss.detach()
             sizes.append(batch.input_ids.shape[1])
         dist.all_reduce(total)

@@ -89,3 +89,17 @@ def test_what_the_plan_says_comes_first():
     lines = remedies(JobConfig(), 100, 1, "model.recompute=full is the smallest change")
     assert lines[0] == "model.recompute=full is the smallest change"
     assert len(lines) == 1 + len(remedies(JobConfig(), 100, 1))
+
+
+def test_gradients_of_all_parameters_are_advised_against_where_they_are_kept():
+    config, setting = JobConfig(), "shard_accumulated=true"
+    for world, whole, advised in ((2, True, True), (2, False, False), (1, True, False)):
+        lines = remedies(config, 100, world, whole_gradients=whole)
+        assert any(setting in line for line in lines) is advised
+
+
+def test_sums_over_micro_batches_are_gradients():
+    module = nn.Linear(8, 4, bias=False)
+    optimizer = torch.optim.AdamW(module.parameters(), foreach=False)
+    kinds = memory_by_kind(module, optimizer, torch.device("cpu"), [torch.zeros(4, 8)])
+    assert kinds["gradients"] == 128

@@ -101,6 +101,7 @@ LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "model.fp8": (["none", "tensorwise", "rowwise"], ["fp8", ""]),
     "model.compile": (["auto", True, False], ["yes", 1, None]),
     "model.fsdp_config.shard_frozen": (["auto", True, False], ["yes", 1, None]),
+    "model.fsdp_config.shard_accumulated": (["auto", True, False], ["yes", 1, None]),
     "model.attention": (["auto", *ATTENTION_BACKENDS], ["flash_attention_2"]),
     "model.strategy": (["fsdp", "fsdp2"], ["ddp"]),
     "optim.lr": ([1e-30, 1], [0.0, -1e-5, NAN, INF]),

@@ -45,19 +45,21 @@ def test_mlps_work_in_the_same_pieces() -> None:
 
 
 SETUPS = st.builds(
-    lambda world, ulysses, offload, accumulates, rank, compiled: replace(
+    lambda world, ulysses, offload, accumulates, sums, rank, compiled: replace(
         SETUP,
         ranks=Ranks(min(world, 8), max(1, world // 8)),
         shards=world,
         ulysses=min(ulysses, world),
         offload=offload,
         accumulates=accumulates,
+        sums_shards=accumulates and sums and world > 1,
         rank=rank,
         adapters=SEVEN.linears if rank else (),
         compiled=compiled,
     ),
     st.sampled_from([1, 2, 4, 8, 16]),
     st.sampled_from([1, 2, 4]),
+    st.booleans(),
     st.booleans(),
     st.booleans(),
     st.sampled_from([0, 16]),
@@ -114,6 +116,33 @@ def test_adding_gradients_up_costs_a_whole_copy_in_fp32() -> None:
     once = footprint(SEVEN, eight, micro, plan).peak
     twice = footprint(SEVEN, replace(eight, accumulates=True), micro, plan).peak
     assert twice - once > 3.0 * SEVEN.parameters
+
+
+def test_a_sum_in_each_shard_alone_costs_its_share() -> None:
+    """In fp32 beside nothing: gradients in bf16 come where it goes."""
+    micro, plan = Micro(8192, 8192, 8192), (FULL,) * SEVEN.layers
+    eight = replace(SETUP, ranks=Ranks(8), shards=8)
+    alone = replace(eight, accumulates=True, sums_shards=True)
+    at_once, sums = (footprint(SEVEN, setup, micro, plan) for setup in (eight, alone))
+    assert 0 < sums.peak - at_once.peak < 4.1 * SEVEN.parameters / 8
+    assert sums.parts["gradients"] - 2 * SEVEN.table > 4.0 * SEVEN.parameters / 8
+    copies = replace(alone, ranks=Ranks(8, 2))
+    assert footprint(SEVEN, copies, micro, plan).peak == sums.peak
+
+
+def test_sums_wait_where_gradients_do() -> None:
+    """With offload in host memory; but FSDP2's own sums, before those of copies are added, on the device."""
+    micro, plan = Micro(8192, 8192, 8192), (FULL,) * SEVEN.layers
+    name = "offloaded weights, gradients, states"
+    setup = replace(SETUP, ranks=Ranks(4), shards=2, offload=True, accumulates=True)
+    whole = footprint(SEVEN, setup, micro, plan)
+    for shards, on_host in ((4, 4.0 * SEVEN.parameters), (2, 0.0)):
+        before = footprint(SEVEN, replace(setup, shards=shards), micro, plan)
+        found = footprint(SEVEN, replace(setup, shards=shards, sums_shards=True), micro, plan)
+        assert found.host[name] - before.host[name] == pytest.approx(on_host)
+        kept = found.parts["gradients"] - 2 * SEVEN.table
+        assert kept == pytest.approx(0.0 if on_host else 4.0 * SEVEN.parameters / 2, abs=1.0)
+        assert found.peak < whole.peak
 
 
 def test_offload_moves_states_and_inputs_to_the_host() -> None:

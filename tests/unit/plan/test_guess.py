@@ -11,6 +11,7 @@ from tests.unit.plan.cases import MODELS, settings
 
 SEVEN = MODELS["qwen2.5-7b"]
 USABLE = 138.5 * GIB
+ONCE = {"accumulates": False, "sums_shards": False}
 
 
 def sure(*documents: int, model: dict = SEVEN, gpus: int = 1, usable: float = USABLE) -> bool:
@@ -31,20 +32,20 @@ def test_of_several_ranks_or_another_model_nothing_is_sure() -> None:
 
 def test_a_remedy_after_memory_ran_out() -> None:
     config = settings(**{"model.recompute": "none"})
-    line = planned_remedy(config, SEVEN, Ranks(1), (16384, 16384), USABLE)
+    line = planned_remedy(config, SEVEN, Ranks(1), (16384, 16384), USABLE, **ONCE)
     assert line.startswith(("model.recompute=", "data.micro_batch_size_per_gpu="))
     assert "smallest change that fits" in line
 
 
 def test_what_the_plan_had_said_to_fit_gets_another_remedy() -> None:
     """By the plan there is room; the run knows better."""
-    line = planned_remedy(settings(**{"model.recompute": "full"}), SEVEN, Ranks(1), (8192, 8192), USABLE)
+    line = planned_remedy(settings(**{"model.recompute": "full"}), SEVEN, Ranks(1), (8192, 8192), USABLE, **ONCE)
     found = re.search(r"about (\d+) GiB", line)
     assert found is not None
     assert int(found[1]) < 0.93 * 60.3  # what it needs by the plan as it is
     assert not line.startswith("model.recompute=full")
-    assert planned_remedy(settings(), SEVEN, Ranks(1), (), USABLE) == ""
-    assert planned_remedy(settings(), {"model_type": "novel"}, Ranks(1), (8,), USABLE) == ""
+    assert planned_remedy(settings(), SEVEN, Ranks(1), (), USABLE, **ONCE) == ""
+    assert planned_remedy(settings(), {"model_type": "novel"}, Ranks(1), (8,), USABLE, **ONCE) == ""
 
 
 def test_the_config_of_a_built_model() -> None:
@@ -52,3 +53,12 @@ def test_the_config_of_a_built_model() -> None:
     for kind, known in (("qwen2", True), ("qwen3", True), ("llama", True), ("gemma2", False)):
         assert sure(64, 64, model=model_config(kind, 320).to_dict()) == known
     assert not sure(8192, 8192, model={**SEVEN, "attn_logit_softcapping": 50.0})
+
+
+def test_a_remedy_for_gradients_that_add_up_whole() -> None:
+    """What auto chose for the card holds, also where less memory is assumed so that the advice surely fits."""
+    config, usable = settings(1, **{"model.recompute": "full"}), 45 * GIB
+    ways = {alone: planned_remedy(config, SEVEN, Ranks(8), (4096,), usable, accumulates=True, sums_shards=alone)
+            for alone in (False, True)}  # fmt: skip
+    assert ways[False].startswith("model.fsdp_config.shard_accumulated=true is the smallest change")
+    assert "shard_accumulated" not in ways[True]

@@ -185,3 +185,42 @@ def test_mixed_lengths_in_packs_by_tokens() -> None:
     assert found.run.steps == 8 * 4
     assert found.run.stepping == pytest.approx(32 * found.step.seconds)
     assert found.setup.accumulates
+
+
+SUMS = "model.fsdp_config.shard_accumulated"
+EIGHT_A100: dict[str, Any] = {"lengths": (4096,) * 64, "ranks": Ranks(8), "card": "a100-40gb"}
+ONE_ROW = {"data.micro_batch_size_per_gpu": 1}
+
+
+def test_gradients_that_are_too_large_whole_add_up_in_shards() -> None:
+    """A 7B on eight A100 with 40 GB: 28.4 GiB of gradients in fp32."""
+    assert case(**EIGHT_A100, **ONE_ROW).estimate(timed=False).verdict == FITS
+    told = case(**EIGHT_A100, **ONE_ROW, **{SUMS: False})
+    assert told.estimate(timed=False).verdict == TOO_LARGE
+    remedy = smallest_change(told)
+    assert remedy is not None
+    assert remedy.changes == {SUMS: True}
+    assert remedy.note == ""
+
+
+@pytest.mark.parametrize(
+    ("card", "changes", "shards"),
+    [("h200", {}, False), ("h100", {}, True), ("a100-40gb", {}, True), ("a100-40gb", LORA, False),
+     ("h100", {"model.fsdp_config.fsdp_size": 1}, False), ("h100", {"data.micro_batch_size_per_gpu": 8}, False)],
+)  # fmt: skip
+def test_what_auto_makes_of_gradients(card: str, changes: dict[str, Any], shards: bool) -> None:
+    one = case(**{**EIGHT_A100, "card": card}, **{**ONE_ROW, **changes})
+    assert one.setup().sums_shards is shards
+
+
+def test_the_price_of_adding_up_in_shards() -> None:
+    one = case(**{**EIGHT_A100, "card": "h200"}, **ONE_ROW)
+    now, found = one.estimate(), {price.words(): price.found for price in prices(one)}[f"{SUMS}=true"]
+    assert now.step is not None
+    assert found.step is not None
+    assert found.memory.peak < now.memory.peak - 3.0 * one.shape.parameters
+    assert 1.0 < found.step.seconds / now.step.seconds < 1.05
+    reducing = "reducing gradients"
+    assert found.step.parts[reducing] == pytest.approx(8 * now.step.parts[reducing], rel=0.05)
+    at_once = case(**EIGHT_A100, **{"data.micro_batch_size_per_gpu": 8})
+    assert not any(SUMS in price.words() for price in prices(at_once))
