@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import glob
 import os
+import stat
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -237,6 +238,9 @@ def _read_footer(file: Path, columns: Sequence[Column], key: str) -> FileFooter:
 
 def _not_parquet(file: Path, key: str) -> FileFault | None:
     """The plain reasons why a file is no parquet file, in plain words."""
+    kind = file.stat().st_mode
+    if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
+        return FileFault(key, "is no regular file: a device or a pipe has no end to read from", "name a parquet file")
     with file.open("rb") as stream:
         head = stream.read(len(_LFS_POINTER))
         size = stream.seek(0, os.SEEK_END)

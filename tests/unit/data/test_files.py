@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -132,6 +133,13 @@ def test_damaged_files(name: str, tmp_path: Path) -> None:
     assert problem.subject == f"{KEY}: {path}"
     assert message in problem.rule
     assert "the other 1 file is good" in problem.rule
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "pipe"])
+def test_what_has_no_end_is_not_read(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (problem,) = check_files([tmp_path / name], [PROMPT], KEY)
+    assert "is no regular file" in problem.rule
 
 
 def test_no_columns_and_no_rows(tmp_path: Path) -> None:
