@@ -81,12 +81,15 @@ def _both_ways(inputs: Path, folder: Path, ranks: Any, *more: str) -> list[Watch
     return ranks(2, _runs, configs)[0]
 
 
-def test_fp32(inputs, tmp_path, ranks) -> None:
-    """Losses, norms, gradients; the last step's weights by their losses."""
+def test_fp32(inputs, tmp_path, ranks, capfd) -> None:
+    """Losses, norms, gradients; the log says which way it is."""
     fp32 = "model.fsdp_config.model_dtype=fp32"
-    old, new = _both_ways(inputs, tmp_path, ranks, fp32)
+    old, new = _both_ways(inputs, tmp_path, ranks, fp32, "trainer.logger=[console]")
     assert_same(new, old, 1e-5)
     assert new.norms == pytest.approx(old.norms, rel=1e-5)
+    said = " ".join("".join(capfd.readouterr()).split())
+    for way in ("add up whole on every rank", "add up in each rank's shard"):
+        assert said.count(f"gradients of micro-batches {way}") == 1, "rank 0 says it once"
 
 
 def test_adapters_over_a_base_in_bf16(inputs, tmp_path, ranks) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -188,14 +189,16 @@ def test_mixed_lengths_in_packs_by_tokens() -> None:
 
 
 SUMS = "model.fsdp_config.shard_accumulated"
-EIGHT_A100: dict[str, Any] = {"lengths": (4096,) * 64, "ranks": Ranks(8), "card": "a100-40gb"}
-ONE_ROW = {"data.micro_batch_size_per_gpu": 1}
+eight = partial(case, lengths=(4096,) * 64, ranks=Ranks(8), card="a100-40gb")
+ONE_ROW: dict[str, Any] = {"data.micro_batch_size_per_gpu": 1}
+ALL_ROWS: dict[str, Any] = {"data.micro_batch_size_per_gpu": 8}
+TOLD_WHOLE: dict[str, Any] = {SUMS: False}
 
 
 def test_gradients_that_are_too_large_whole_add_up_in_shards() -> None:
     """A 7B on eight A100 with 40 GB: 28.4 GiB of gradients in fp32."""
-    assert case(**EIGHT_A100, **ONE_ROW).estimate(timed=False).verdict == FITS
-    told = case(**EIGHT_A100, **ONE_ROW, **{SUMS: False})
+    assert eight(**ONE_ROW).estimate(timed=False).verdict == FITS
+    told = eight(**ONE_ROW, **TOLD_WHOLE)
     assert told.estimate(timed=False).verdict == TOO_LARGE
     remedy = smallest_change(told)
     assert remedy is not None
@@ -209,12 +212,12 @@ def test_gradients_that_are_too_large_whole_add_up_in_shards() -> None:
      ("h100", {"model.fsdp_config.fsdp_size": 1}, False), ("h100", {"data.micro_batch_size_per_gpu": 8}, False)],
 )  # fmt: skip
 def test_what_auto_makes_of_gradients(card: str, changes: dict[str, Any], shards: bool) -> None:
-    one = case(**{**EIGHT_A100, "card": card}, **{**ONE_ROW, **changes})
+    one = eight(card=card, **{**ONE_ROW, **changes})
     assert one.setup().sums_shards is shards
 
 
 def test_the_price_of_adding_up_in_shards() -> None:
-    one = case(**{**EIGHT_A100, "card": "h200"}, **ONE_ROW)
+    one = eight(card="h200", **ONE_ROW)
     now, found = one.estimate(), {price.words(): price.found for price in prices(one)}[f"{SUMS}=true"]
     assert now.step is not None
     assert found.step is not None
@@ -222,5 +225,5 @@ def test_the_price_of_adding_up_in_shards() -> None:
     assert 1.0 < found.step.seconds / now.step.seconds < 1.05
     reducing = "reducing gradients"
     assert found.step.parts[reducing] == pytest.approx(8 * now.step.parts[reducing], rel=0.05)
-    at_once = case(**EIGHT_A100, **{"data.micro_batch_size_per_gpu": 8})
+    at_once = eight(**ALL_ROWS)
     assert not any(SUMS in price.words() for price in prices(at_once))
