@@ -16,13 +16,13 @@ from pathlib import Path
 from deploy.docker.plan import Plan, command, make_plan
 from deploy.docker.settings import DockerSettings, check_docker
 from sft_job.config.load import load_config
-from sft_job.contract import ExitCode, RunFolder
+from sft_job.contract import ExitCode
 from sft_job.errors import JobError, Problem, ProblemsError, raise_problems
 from sft_job.jobfile.load import LoadedJob, load_job
 from sft_job.jobfile.mounts import check_target, parse_mount, planned_mounts
 from sft_job.jobfile.run import Copy, Place, copy_for, look_from_here, with_folder_of
 from sft_job.jobfile.seen import paths_of, unseen
-from sft_job.submissions import record
+from sft_job.submissions import remember
 
 _START_SECONDS = 3600
 """An image that is not here yet is pulled first."""
@@ -188,14 +188,10 @@ def _advice(said: str, plan: Plan) -> str:
 
 def _tell(plan: Plan, environ: Mapping[str, str], show: Show) -> None:
     """What was started, and how to look after it; the job is known to ``sft-job status`` from now on."""
-    run = RunFolder(Path(plan.checkpoint_dir) / "sft")
+    run, ask = Path(plan.checkpoint_dir) / "sft", f"{plan.engine} ps --all --filter name={plan.name}"
     show(f"started container {plan.name}: {plan.ranks} rank(s)")
     show(f"log: {plan.engine} logs --follow {plan.name}")
-    show(f"run folder: {run.root}")
-    try:
-        record("docker", plan.name, run.root, environ=environ, ask=f"{plan.engine} ps --all --filter name={plan.name}")
-        show(f"how it stands: sft-job status {plan.name}")
-    except JobError as error:  # the job is started all the same
-        show(f"how it stands: sft-job status {run.root} (not by the job's id: {error})")
+    for line in remember("docker", plan.name, run, environ=environ, ask=ask):
+        show(line)
     show(f"stop it: {plan.engine} stop {plan.name} (it saves first; submit it again and it goes on)")
     show(f"exit code: {plan.engine} wait {plan.name}; forget it: {plan.engine} rm --volumes {plan.name}")

@@ -15,13 +15,13 @@ from deploy.kubernetes.pods import Node, Task, job_id, own_labels, suspended
 from deploy.kubernetes.render import KINDS, render, to_yaml
 from deploy.kubernetes.settings import SINGLE, KubernetesSettings, check_kubernetes, is_data_key, parse_claim
 from sft_job.config.secrets import SecretMask
-from sft_job.contract import DEFAULT_CONFIG_NAME, Env, ExitCode, RunFolder
+from sft_job.contract import DEFAULT_CONFIG_NAME, Env, ExitCode
 from sft_job.errors import JobError, Problem, raise_problems
 from sft_job.jobfile.load import LoadedJob, load_job
 from sft_job.jobfile.run import look_at_run
 from sft_job.jobfile.schema import JobFile
 from sft_job.jobfile.validate import secret_problems
-from sft_job.submissions import record
+from sft_job.submissions import remember
 
 _MOST_BYTES = 900_000
 """A ConfigMap holds 1 MiB in all."""
@@ -210,7 +210,7 @@ def _remember(kubectl: Kubectl, task: Task, environ: Mapping[str, str], show: Sh
     log = [each.format(name=job.name, selector=selector) for each in kind.log]
     own_id = job_id(kubectl.namespace(), task.block.kind, job.name)
     ask = kubectl.line("exec", pod, "--", "sft-job", "status")
-    run = RunFolder(Path(job.checkpoint_dir) / "sft")
+    run, place = Path(job.checkpoint_dir) / "sft", f"the claim {task.block.checkpoint_claim}"
     ranks = f"{job.resources.nodes} node(s), {job.ranks_per_node} rank(s) on each"
     show(f"submitted {task.block.kind} {job.name}: {ranks}")
     if task.block.queue is not None:
@@ -218,14 +218,8 @@ def _remember(kubectl: Kubectl, task: Task, environ: Mapping[str, str], show: Sh
     elif suspended(task):
         show(f"it is suspended; start it: {_patch(kubectl, task, 'false')}")
     show(f"log: {kubectl.line('logs', '--follow', *log)}")
-    show(f"run folder: {run.root} on the claim {task.block.checkpoint_claim}")
-    show(f"how it stands: {ask}")
-    try:
-        place = f"the claim {task.block.checkpoint_claim}"
-        record("kubernetes", own_id, run.root, environ=environ, ask=ask, place=place)
-        show(f"what is known of it here: sft-job status {own_id}")
-    except JobError as error:  # the job is submitted all the same
-        show(f"(sft-job status {own_id} does not know it: {error})")
+    for line in remember("kubernetes", own_id, run, environ=environ, ask=ask, place=place):
+        show(line)
     if task.block.queue is None:
         show(f"stop it for a while (it saves first): {_patch(kubectl, task, 'true')}")
     kinds = ",".join((kind.resource, "configmaps", *kind.beside))
