@@ -1,7 +1,7 @@
 """Which run folder a launcher's job writes: records that launchers leave and ``sft-job status`` reads. Torch-free.
 
-Nothing here knows a launcher. One that submits a job calls ``remember`` on the machine where people ask for it later; one
-that queues a job again calls ``note_requeue``, which leaves a word in the run folder.
+Nothing here knows a launcher. One that submits a job calls ``remember`` on the machine where people ask for it later;
+one that queues a job again calls ``note_requeue``, which leaves a word in the run folder.
 """
 
 from __future__ import annotations

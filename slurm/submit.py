@@ -16,8 +16,10 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from sft_job.contract import Env, ExitCode
 from sft_job.errors import JobError, raise_problems
 from sft_job.jobfile.load import LoadedJob, load_job
+from sft_job.jobfile.mounts import planned_mounts
 from sft_job.jobfile.run import Copy, Place, copy_for, look_from_here, with_folder_of
 from sft_job.jobfile.schema import JobFile
+from sft_job.jobfile.seen import Sight
 from sft_job.submissions import remember
 from slurm.allocation import Allocation
 from slurm.containers import Setting, job_command, job_environ
@@ -126,9 +128,14 @@ def _with_run(
         ProblemsError: what is wrong.
     """
     config, container = Path(plan.config), plan.container != "none"
-    seen = {"config": plan.config, "checkpoint_dir": plan.checkpoint_dir, "slurm.folder": plan.folder}
-    variables = _variables(loaded.job, plan, environ)
-    place = Place("slurm", config, plan.overrides, variables, plan.gpus_per_node, seen if container else {})
+    place = Place(
+        "slurm", "nodes", config, plan.overrides, _variables(loaded.job, plan, environ), gpu_count=plan.gpus_per_node
+    )
+    if container:
+        named = {"config": plan.config, "checkpoint_dir": plan.checkpoint_dir, "slurm.folder": plan.folder}
+        # A cluster's runtimes bring mounts and a working folder of their own.
+        sight = Sight(planned_mounts(plan.config, plan.checkpoint_dir, plan.mounts), closed=False)
+        place = dataclasses.replace(place, mounted=named, sight=sight)
     problems, notes = look_from_here(loaded, place, environ)
     for line in notes:
         show(line)

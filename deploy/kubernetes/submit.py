@@ -18,9 +18,10 @@ from sft_job.config.secrets import SecretMask
 from sft_job.contract import DEFAULT_CONFIG_NAME, Env, ExitCode
 from sft_job.errors import JobError, Problem, raise_problems
 from sft_job.jobfile.load import LoadedJob, load_job
-from sft_job.jobfile.run import look_at_run
+from sft_job.jobfile.mounts import Mount, absolute
+from sft_job.jobfile.run import Place, look_from_here
 from sft_job.jobfile.schema import JobFile
-from sft_job.jobfile.validate import secret_problems
+from sft_job.jobfile.seen import Sight
 from sft_job.submissions import remember
 
 _MOST_BYTES = 900_000
@@ -78,25 +79,31 @@ def make_task(loaded: LoadedJob[KubernetesSettings], environ: Mapping[str, str],
         ProblemsError: what is wrong with the run's settings, or secrets that stand where they must not (2).
     """
     job, block = loaded.job, loaded.block
-    config = Path(os.path.normpath(cwd / os.path.expanduser(job.config)))  # noqa: PTH111  leaves ~nobody as it is
-    problems = [*secret_problems(job, "", environ), *secret_problems(block, "kubernetes", environ)]
-    if not config.is_file():
-        rule, fix = "there is no such file", "correct the path; a relative one begins at the folder in which you submit"
-        problems.append(Problem(ExitCode.CONFIG, "config", rule, fix, job.config))
-    problems = [dataclasses.replace(each, origin=loaded.origin(each.subject)) for each in problems]
-    notes: list[str] = []
-    text = ""
-    if config.is_file():
-        variables = job_variables(job, block)
-        gpus = job.resources.gpus_per_node
-        found, here = look_at_run(config, job.overrides, variables, gpus, loaded.origin("overrides"))
-        problems += found
-        notes = [f"only the pods can tell: {each.origin}: {each.subject}: {each.rule}" for each in here]
-        text, more = _config_text(config, environ)
-        problems += more
-    raise_problems(problems)
+    config = Path(absolute(job.config, cwd))
+    place = Place(
+        "kubernetes",
+        "pods",
+        config,
+        job.overrides,
+        job_variables(job, block),
+        gpu_count=job.resources.gpus_per_node,
+        sight=Sight(_mounts(job, block), add="kubernetes.claims: [CLAIM:{}]", sources_here=False),
+        secrets_here=False,
+    )
+    problems, notes = look_from_here(loaded, place, environ)
+    text, more = _config_text(config, environ) if config.is_file() else ("", [])
+    raise_problems([*problems, *more])
     name = config.name
     return Task(job, block, name if is_data_key(name) else DEFAULT_CONFIG_NAME, text), notes
+
+
+def _mounts(job: JobFile, block: KubernetesSettings) -> list[Mount]:
+    """The claims as the pods see them."""
+    claims = [parse_claim(each) for each in block.claims]
+    return [
+        Mount(block.checkpoint_claim or "", os.path.normpath(job.checkpoint_dir), writable=True),
+        *(Mount(each.name, each.path, each.writable) for each in claims),
+    ]
 
 
 def job_variables(job: JobFile, block: KubernetesSettings) -> dict[str, str]:
