@@ -220,12 +220,11 @@ def test_what_the_image_may_hold_is_told_and_not_refused(desk) -> None:
     ]
 
 
-def test_a_module_that_a_variable_of_the_pods_names(desk) -> None:
-    done = desk("model.external_lib=${oc.env:ONLY_THERE}", "--dry-run")
+def test_a_module_that_a_variable_of_the_pods_names(desk, tmp_path: Path) -> None:
+    (tmp_path / "sft.yaml").write_text(CONFIG.replace("base}", "base, external_lib: '${oc.env:ONLY_THERE}'}"))
+    done = desk("--dry-run")
     assert done.returncode == 0, words(done)
-    assert (
-        "# only the pods can tell: command line: model.external_lib = '${oc.env:ONLY_THERE}': cannot be" in done.stdout
-    )
+    assert "# only the pods can tell: sft.yaml:2: model.external_lib = '${oc.env:ONLY_THERE}': cannot be" in done.stdout
 
 
 def test_a_secret_of_a_pod_need_not_be_here(desk) -> None:
