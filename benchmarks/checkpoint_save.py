@@ -27,11 +27,11 @@ from sft_job.checkpoint.policy import Purpose, SavePolicy
 from sft_job.checkpoint.state import RunState
 from sft_job.config.schema import JobConfig
 from sft_job.contract import RunFolder
-from sft_job.data.shm import available_memory
 from sft_job.model.build import build_model
 from sft_job.model.precision import precision_of
 from sft_job.optimizer import build_optimizer
 from sft_job.parallel.mesh import build_mesh
+from sft_job.processes import host_room
 from sft_job.runtime import Runtime, start_runtime
 
 # Of Qwen2.5-7B, and of a model that a laptop saves in a second.
@@ -208,7 +208,7 @@ def _machine() -> dict[str, Any]:
         check=False,
     )
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    memory = available_memory(Path("/proc/meminfo"), Path("/sys/fs/cgroup"))
+    memory = host_room()
     return {
         "gpu": gpu,
         "cores": len(os.sched_getaffinity(0)),

@@ -43,13 +43,19 @@ class Problem:
 
     def text(self) -> str:
         """Two or three lines: where, what was found; the rule; the fix."""
-        head = f"{self.origin}: {self.subject}" if self.origin else self.subject
-        if self.value is not _Missing.VALUE:
-            head += f" = {_shown(self.value)}"
-        lines = [head, f"    {self.rule}"]
+        lines = [self._head(), f"    {self.rule}"]
         if self.fix:
             lines.append(f"    fix: {self.fix}")
         return "\n".join(shorten(line, _LONGEST_LINE) for line in lines)
+
+    def line(self) -> str:
+        """The same in one line, for what is told and refused nothing."""
+        fix = f" (fix: {self.fix})" if self.fix else ""
+        return shorten(" ".join(f"{self._head()}: {self.rule}{fix}".splitlines()), _LONGEST_LINE)
+
+    def _head(self) -> str:
+        head = f"{self.origin}: {self.subject}" if self.origin else self.subject
+        return head if self.value is _Missing.VALUE else f"{head} = {_shown(self.value)}"
 
 
 def shorten(text: str, limit: int) -> str:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from sft_job.config.schema import JobConfig
 from sft_job.contract import ExitCode
-from sft_job.data.shm import available_memory
 from sft_job.errors import JobError
 from sft_job.model.offload import host_bytes
 from sft_job.model.recompute import Recompute
@@ -86,11 +84,6 @@ def host_need(config: JobConfig, hf_config: Any, compute: torch.dtype, tokens: i
     size = host_bytes(here * text.hidden_size * compute.itemsize)
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return HostNeed(size, max(0, text.num_hidden_layers - 1), ranks, here, compute.itemsize)
-
-
-def host_room() -> int | None:
-    """Bytes that this node, or this process's container, has left; None = unknown."""
-    return available_memory(Path("/proc/meminfo"), Path("/sys/fs/cgroup"))
 
 
 def offload_text(plan: Sequence[Recompute], need: HostNeed) -> str:

@@ -46,7 +46,7 @@ from sft_job.evaluate import EvaluationRows, ValidationLoss, validation_loss
 from sft_job.export import export_live
 from sft_job.fitting import Attempt, CudaMemory, fit_recompute
 from sft_job.forensics import BadSteps, decoder
-from sft_job.host import HostNeed, host_need, host_room, offload_text
+from sft_job.host import HostNeed, host_need, offload_text
 from sft_job.lock import confirm_lock
 from sft_job.memory import is_out_of_memory, memory_by_kind, out_of_memory_text, remedies, shapes_text
 from sft_job.metrics.flops import FlopsShape, model_flops, peak_flops
@@ -63,6 +63,7 @@ from sft_job.parallel.fsdp import forget_broken_step
 from sft_job.parallel.mesh import Mesh, build_mesh
 from sft_job.plan.guess import keeps_everything, planned_remedy
 from sft_job.plan.setup import Ranks
+from sft_job.processes import host_room
 from sft_job.pulse import FINISHING, LOADING, TRAINING
 from sft_job.rehearsal import longest_batches, longest_tokens, rehearse, step_accumulates
 from sft_job.runtime import Runtime, StopWish, agree, peak_memory

@@ -129,6 +129,26 @@ def memory_kills(cgroup: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/
     return None
 
 
+def host_room(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes of memory that the machine and this process's container still have; None where neither says it.
+
+    File caches count as free.
+    """
+    found: list[int] = []
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        found.append(_table(meminfo)["MemAvailable:"] * 1024)
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no cgroup here, or no limit ("max")
+        limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
+        parts = _table(cgroup / "memory.stat")
+        found.append(limit - used + parts["file"] - parts["shmem"])
+    return max(0, min(found)) if found else None
+
+
+def _table(path: Path) -> dict[str, int]:
+    lines = (line.split() for line in path.read_text().splitlines() if line.strip())
+    return {name: int(value) for name, value, *_ in lines}
+
+
 def _memory_files(cgroup: Path, own: Path) -> list[Path]:
     """Candidates, the most exact first: cgroup v2, then v1; in a container the root is its own group."""
     second: list[Path] = []

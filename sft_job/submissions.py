@@ -1,7 +1,7 @@
 """Which run folder a launcher's job writes: records that launchers leave and ``sft-job status`` reads. Torch-free.
 
-Nothing here knows a launcher. One that submits a job calls ``record`` on the machine where people ask for it later; one
-that queues a job again calls ``note_requeue``, which leaves a word in the run folder.
+Nothing here knows a launcher. One that submits a job calls ``remember`` on the machine where people ask for it later;
+one that queues a job again calls ``note_requeue``, which leaves a word in the run folder.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_job.contract import ExitCode, RunFolder
-from sft_job.errors import Problem, ProblemsError
+from sft_job.errors import JobError, Problem, ProblemsError
 
 _LAUNCHER = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _JOB = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
@@ -148,6 +148,42 @@ def record(
         rule, fix = f"cannot be written: {error.strerror or error}", "its rights and space, or another XDG_STATE_HOME"
         raise ProblemsError([Problem(ExitCode.CANNOT_CREATE, str(folder), rule, fix)]) from error
     return path
+
+
+def remember(
+    launcher: str,
+    job: str,
+    run: Path,
+    *,
+    environ: Mapping[str, str],
+    logs: Sequence[str | Path] = (),
+    ask: str = "",
+    place: str = "",
+) -> list[str]:
+    """Record a job that was just submitted, and say where its run folder is and how people ask how it stands.
+
+    The job is submitted all the same where it cannot be recorded: then the lines say so, and why.
+
+    Args:
+        launcher, job, run, environ, logs, ask, place: as for ``record``.
+
+    Returns:
+        Lines for the user.
+
+    Raises:
+        ValueError: as ``record``.
+    """
+    try:
+        record(launcher, job, run, environ=environ, logs=logs, ask=ask, place=place)
+        fault = None
+    except JobError as error:
+        fault = error
+    if place:  # which this machine need not see: whoever is asked there knows most
+        known = f"what is known of it here: sft-job status {job}"
+        unknown = f"(sft-job status {job} does not know it: {fault})"
+        return [f"run folder: {run} on {place}", f"how it stands: {ask}", unknown if fault else known]
+    unknown = f"how it stands: sft-job status {run} (not by the job's id: {fault})"
+    return [f"run folder: {run}", unknown if fault else f"how it stands: sft-job status {job}"]
 
 
 def find(text: str, environ: Mapping[str, str]) -> Submission:

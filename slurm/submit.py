@@ -13,12 +13,14 @@ from pathlib import Path
 
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from sft_job.contract import Env, ExitCode, RunFolder
+from sft_job.contract import Env, ExitCode
 from sft_job.errors import JobError, raise_problems
 from sft_job.jobfile.load import LoadedJob, load_job
+from sft_job.jobfile.mounts import planned_mounts
 from sft_job.jobfile.run import Copy, Place, copy_for, look_from_here, with_folder_of
 from sft_job.jobfile.schema import JobFile
-from sft_job.submissions import record
+from sft_job.jobfile.seen import Sight
+from sft_job.submissions import remember
 from slurm.allocation import Allocation
 from slurm.containers import Setting, job_command, job_environ
 from slurm.ends import Ends
@@ -78,15 +80,9 @@ def submit_job(
         except KeyboardInterrupt:
             show(_cancel(job_id))
             return ExitCode.STOPPED
-    run = RunFolder(Path(plan.checkpoint_dir) / "sft")
-    show(f"run folder: {run.root}")
-    try:
-        record(
-            "slurm", job_id, run.root, environ=environ, logs=[log_path(plan, job_id, "*")], ask=f"squeue -j {job_id}"
-        )
-        show(f"how it stands: sft-job status {job_id}")
-    except JobError as error:  # the job is submitted all the same
-        show(f"how it stands: sft-job status {run.root} (not by the job's id: {error})")
+    run, logs = Path(plan.checkpoint_dir) / "sft", [log_path(plan, job_id, "*")]
+    for line in remember("slurm", job_id, run, environ=environ, logs=logs, ask=f"squeue -j {job_id}"):
+        show(line)
     show(f"stop it: scancel {job_id} (it saves, where that fits into the cluster's KillWait)")
     show(f"save and queue again: scancel --signal=USR2 {job_id}")
     return ExitCode.DONE
@@ -132,9 +128,14 @@ def _with_run(
         ProblemsError: what is wrong.
     """
     config, container = Path(plan.config), plan.container != "none"
-    seen = {"config": plan.config, "checkpoint_dir": plan.checkpoint_dir, "slurm.folder": plan.folder}
-    variables = _variables(loaded.job, plan, environ)
-    place = Place("slurm", config, plan.overrides, variables, plan.gpus_per_node, seen if container else {})
+    place = Place(
+        "slurm", "nodes", config, plan.overrides, _variables(loaded.job, plan, environ), gpu_count=plan.gpus_per_node
+    )
+    if container:
+        named = {"config": plan.config, "checkpoint_dir": plan.checkpoint_dir, "slurm.folder": plan.folder}
+        # A cluster's runtimes bring mounts and a working folder of their own.
+        sight = Sight(planned_mounts(plan.config, plan.checkpoint_dir, plan.mounts), closed=False)
+        place = dataclasses.replace(place, mounted=named, sight=sight)
     problems, notes = look_from_here(loaded, place, environ)
     for line in notes:
         show(line)

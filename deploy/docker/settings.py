@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sft_job.errors import Problem
@@ -30,6 +31,8 @@ _OWN_OPTIONS = {
 }
 _OF_THE_IMAGE = re.compile(r"PATH|HOME|USER|LOGNAME|SHELL|PWD|TMPDIR|VIRTUAL_ENV|CONDA_.*|DOCKER_.*|LD_.*|PYTHON.*")
 """Variables that may not be passed on from this machine."""
+_OPENINGS = ("image-volume", "mount", "read-only", "rootfs", "tmpfs", "volumes-from", "workdir")
+"""Options with which the container sees or writes more than the job file's mounts say."""
 _FORBIDDEN = ("detach", "entrypoint", "env-file", "help", "interactive", "restart", "rm", "stop-signal", "tty")
 
 
@@ -74,6 +77,11 @@ def check_docker(job: JobFile, docker: DockerSettings) -> list[Problem]:
     for at, each in enumerate(docker.args):
         _check_option(check, f"docker.args[{at}]", each)
     return problems
+
+
+def opens(args: Sequence[str]) -> bool:
+    """Whether the user's own options let the container see or write more than the mounts, or begin elsewhere."""
+    return any(each.removeprefix("--").partition("=")[0] in _OPENINGS for each in args)
 
 
 def _check_option(check: Checks, subject: str, text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import re
@@ -14,15 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from deploy.docker.plan import Plan, command, make_plan
-from deploy.docker.settings import DockerSettings, check_docker
-from sft_job.config.load import load_config
-from sft_job.contract import ExitCode, RunFolder
-from sft_job.errors import JobError, Problem, ProblemsError, raise_problems
+from deploy.docker.settings import DockerSettings, check_docker, opens
+from sft_job.contract import ExitCode
+from sft_job.errors import JobError, Problem, raise_problems
 from sft_job.jobfile.load import LoadedJob, load_job
 from sft_job.jobfile.mounts import check_target, parse_mount, planned_mounts
 from sft_job.jobfile.run import Copy, Place, copy_for, look_from_here, with_folder_of
-from sft_job.jobfile.seen import paths_of, unseen
-from sft_job.submissions import record
+from sft_job.jobfile.seen import Sight
+from sft_job.submissions import remember
 
 _START_SECONDS = 3600
 """An image that is not here yet is pulled first."""
@@ -89,25 +87,29 @@ def _with_run(
         JobError: what is wrong.
     """
     config = Path(plan.config)
-    mounted = {"config": plan.config, "checkpoint_dir": plan.checkpoint_dir}
-    place = Place("docker", config, plan.overrides, plan.variables, plan.gpu_count, mounted)
+    place = Place(
+        "docker",
+        "container",
+        config,
+        plan.overrides,
+        plan.variables,
+        gpu_count=plan.gpu_count,
+        mounted={"config": plan.config, "checkpoint_dir": plan.checkpoint_dir},
+        sight=Sight(planned_mounts(plan.config, plan.checkpoint_dir, plan.mounts), closed=not opens(plan.args)),
+    )
     problems, notes = look_from_here(loaded, place, environ)
     for line in notes:
-        show(line.replace("only the nodes can tell", "only the container can tell"))
+        show(line)
     for at, each in enumerate(plan.mounts):
         source = parse_mount(each).source
         if not Path(source).exists():  # the engine would make a folder there, of root's
             rule, fix = "there is no such file or folder on this machine", "correct the path, or make the folder"
             at_line = loaded.origin(f"mounts[{at}]")
             problems.append(Problem(ExitCode.CONFIG, f"mounts[{at}]", rule, fix, source, at_line))
-    mounts = with_folder_of(config, plan.checkpoint_dir, plan.mounts)
     problems += _targets(loaded, plan)
-    with contextlib.suppress(ProblemsError):  # told above
-        run = load_config(str(config), plan.overrides, plan.variables)
-        planned = planned_mounts(plan.config, plan.checkpoint_dir, mounts)
-        problems += unseen(paths_of(run.config), planned, run.origin)
     raise_problems(problems)
     copy = copy_for(config, Path(plan.folder))
+    mounts = with_folder_of(config, plan.checkpoint_dir, plan.mounts)
     return dataclasses.replace(plan, config=str(copy.path), mounts=mounts), copy
 
 
@@ -188,14 +190,10 @@ def _advice(said: str, plan: Plan) -> str:
 
 def _tell(plan: Plan, environ: Mapping[str, str], show: Show) -> None:
     """What was started, and how to look after it; the job is known to ``sft-job status`` from now on."""
-    run = RunFolder(Path(plan.checkpoint_dir) / "sft")
+    run, ask = Path(plan.checkpoint_dir) / "sft", f"{plan.engine} ps --all --filter name={plan.name}"
     show(f"started container {plan.name}: {plan.ranks} rank(s)")
     show(f"log: {plan.engine} logs --follow {plan.name}")
-    show(f"run folder: {run.root}")
-    try:
-        record("docker", plan.name, run.root, environ=environ, ask=f"{plan.engine} ps --all --filter name={plan.name}")
-        show(f"how it stands: sft-job status {plan.name}")
-    except JobError as error:  # the job is started all the same
-        show(f"how it stands: sft-job status {run.root} (not by the job's id: {error})")
+    for line in remember("docker", plan.name, run, environ=environ, ask=ask):
+        show(line)
     show(f"stop it: {plan.engine} stop {plan.name} (it saves first; submit it again and it goes on)")
     show(f"exit code: {plan.engine} wait {plan.name}; forget it: {plan.engine} rm --volumes {plan.name}")

@@ -15,13 +15,14 @@ from deploy.kubernetes.pods import Node, Task, job_id, own_labels, suspended
 from deploy.kubernetes.render import KINDS, render, to_yaml
 from deploy.kubernetes.settings import SINGLE, KubernetesSettings, check_kubernetes, is_data_key, parse_claim
 from sft_job.config.secrets import SecretMask
-from sft_job.contract import DEFAULT_CONFIG_NAME, Env, ExitCode, RunFolder
+from sft_job.contract import DEFAULT_CONFIG_NAME, Env, ExitCode
 from sft_job.errors import JobError, Problem, raise_problems
 from sft_job.jobfile.load import LoadedJob, load_job
-from sft_job.jobfile.run import look_at_run
+from sft_job.jobfile.mounts import Mount, absolute
+from sft_job.jobfile.run import Place, look_from_here
 from sft_job.jobfile.schema import JobFile
-from sft_job.jobfile.validate import secret_problems
-from sft_job.submissions import record
+from sft_job.jobfile.seen import Sight
+from sft_job.submissions import remember
 
 _MOST_BYTES = 900_000
 """A ConfigMap holds 1 MiB in all."""
@@ -78,25 +79,31 @@ def make_task(loaded: LoadedJob[KubernetesSettings], environ: Mapping[str, str],
         ProblemsError: what is wrong with the run's settings, or secrets that stand where they must not (2).
     """
     job, block = loaded.job, loaded.block
-    config = Path(os.path.normpath(cwd / os.path.expanduser(job.config)))  # noqa: PTH111  leaves ~nobody as it is
-    problems = [*secret_problems(job, "", environ), *secret_problems(block, "kubernetes", environ)]
-    if not config.is_file():
-        rule, fix = "there is no such file", "correct the path; a relative one begins at the folder in which you submit"
-        problems.append(Problem(ExitCode.CONFIG, "config", rule, fix, job.config))
-    problems = [dataclasses.replace(each, origin=loaded.origin(each.subject)) for each in problems]
-    notes: list[str] = []
-    text = ""
-    if config.is_file():
-        variables = job_variables(job, block)
-        gpus = job.resources.gpus_per_node
-        found, here = look_at_run(config, job.overrides, variables, gpus, loaded.origin("overrides"))
-        problems += found
-        notes = [f"only the pods can tell: {each.origin}: {each.subject}: {each.rule}" for each in here]
-        text, more = _config_text(config, environ)
-        problems += more
-    raise_problems(problems)
+    config = Path(absolute(job.config, cwd))
+    place = Place(
+        "kubernetes",
+        "pods",
+        config,
+        job.overrides,
+        job_variables(job, block),
+        gpu_count=job.resources.gpus_per_node,
+        sight=Sight(_mounts(job, block), add="kubernetes.claims: [CLAIM:{}]", sources_here=False),
+        secrets_here=False,
+    )
+    problems, notes = look_from_here(loaded, place, environ)
+    text, more = _config_text(config, environ) if config.is_file() else ("", [])
+    raise_problems([*problems, *more])
     name = config.name
     return Task(job, block, name if is_data_key(name) else DEFAULT_CONFIG_NAME, text), notes
+
+
+def _mounts(job: JobFile, block: KubernetesSettings) -> list[Mount]:
+    """The claims as the pods see them."""
+    claims = [parse_claim(each) for each in block.claims]
+    return [
+        Mount(block.checkpoint_claim or "", os.path.normpath(job.checkpoint_dir), writable=True),
+        *(Mount(each.name, each.path, each.writable) for each in claims),
+    ]
 
 
 def job_variables(job: JobFile, block: KubernetesSettings) -> dict[str, str]:
@@ -210,7 +217,7 @@ def _remember(kubectl: Kubectl, task: Task, environ: Mapping[str, str], show: Sh
     log = [each.format(name=job.name, selector=selector) for each in kind.log]
     own_id = job_id(kubectl.namespace(), task.block.kind, job.name)
     ask = kubectl.line("exec", pod, "--", "sft-job", "status")
-    run = RunFolder(Path(job.checkpoint_dir) / "sft")
+    run, place = Path(job.checkpoint_dir) / "sft", f"the claim {task.block.checkpoint_claim}"
     ranks = f"{job.resources.nodes} node(s), {job.ranks_per_node} rank(s) on each"
     show(f"submitted {task.block.kind} {job.name}: {ranks}")
     if task.block.queue is not None:
@@ -218,14 +225,8 @@ def _remember(kubectl: Kubectl, task: Task, environ: Mapping[str, str], show: Sh
     elif suspended(task):
         show(f"it is suspended; start it: {_patch(kubectl, task, 'false')}")
     show(f"log: {kubectl.line('logs', '--follow', *log)}")
-    show(f"run folder: {run.root} on the claim {task.block.checkpoint_claim}")
-    show(f"how it stands: {ask}")
-    try:
-        place = f"the claim {task.block.checkpoint_claim}"
-        record("kubernetes", own_id, run.root, environ=environ, ask=ask, place=place)
-        show(f"what is known of it here: sft-job status {own_id}")
-    except JobError as error:  # the job is submitted all the same
-        show(f"(sft-job status {own_id} does not know it: {error})")
+    for line in remember("kubernetes", own_id, run, environ=environ, ask=ask, place=place):
+        show(line)
     if task.block.queue is None:
         show(f"stop it for a while (it saves first): {_patch(kubectl, task, 'true')}")
     kinds = ",".join((kind.resource, "configmaps", *kind.beside))

@@ -31,8 +31,8 @@ from sft_job.checkpoint.save import Order, Saved, Writing, already_there, begin,
 from sft_job.checkpoint.staging import Staging, global_bytes, local_bytes
 from sft_job.checkpoint.state import RunState
 from sft_job.contract import ExitCode, RunFolder
-from sft_job.data.shm import available_memory
 from sft_job.errors import JobError, shorten
+from sft_job.processes import host_room
 
 HUGGINGFACE = "huggingface"
 ADAPTER = "adapter"
@@ -363,7 +363,7 @@ class Checkpointer:
         to_come = local_bytes([p for p in on_host if p.grad is None])
         to_come += 2 * local_bytes([p for p in on_host if p not in self._optimizer.state])
         need = (3 * local_bytes(trained) + to_come) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        room = available_memory(Path("/proc/meminfo"), Path("/sys/fs/cgroup"))
+        room = host_room()
         room = None if room is None else max(0, room - taken)
         short = "" if room is None or need <= _MEMORY_SHARE * room else f"{need / 2**30:.1f} of {room / 2**30:.1f} GiB"
         shorts = [each for each in on_every_rank(lambda: short, group=self._group) if each]

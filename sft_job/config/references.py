@@ -97,12 +97,22 @@ def _read_adapter(folder: Path) -> dict[str, Any] | str:
     return settings
 
 
+def names_template_file(value: str) -> bool:
+    """Whether ``data.chat_template`` is a file's name: the text of a Jinja template holds a brace."""
+    return "{" not in value
+
+
+def is_module_name(name: str) -> bool:
+    """Whether Python could have a module of this name anywhere."""
+    return all(part.isidentifier() for part in name.split("."))
+
+
 def _check_module(config: JobConfig, origin: Callable[[str], str]) -> list[Problem]:
     name = config.model.external_lib
     if not name:
         return []
     rule, fix = "must be the name of a Python module, such as my_package.models", ""
-    if all(part.isidentifier() for part in name.split(".")):
+    if is_module_name(name):
         if _importable(name.partition(".")[0]):
             return []
         rule = "Python finds no such module"

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import filelock
 
+from sft_job.processes import host_room
+
 SHM = Path("/dev/shm")
 STALE_SECONDS = 24 * 3600.0
 _COPYING = ".copying-"
@@ -168,29 +170,8 @@ def _room(root: Path) -> int:
     """Bytes that may be copied: what the file system has left but a tenth of it, and half of the free memory."""
     usage = shutil.disk_usage(root)
     room = int(usage.free - _RESERVED_SHARE * usage.total)
-    memory = available_memory(Path("/proc/meminfo"), Path("/sys/fs/cgroup"))
+    memory = host_room()
     return room if memory is None else min(room, memory // 2)
-
-
-def available_memory(meminfo: Path, cgroup: Path) -> int | None:
-    """Bytes that the machine and this process's container still have, file caches counted as free; None = unknown."""
-    found: list[int] = []
-    try:
-        machine = _table(meminfo.read_text())
-        found.append(machine["MemAvailable:"] * 1024)
-    except (OSError, ValueError, KeyError):
-        pass
-    try:
-        limit, used = int((cgroup / "memory.max").read_text()), int((cgroup / "memory.current").read_text())
-        parts = _table((cgroup / "memory.stat").read_text())
-        found.append(limit - used + parts["file"] - parts["shmem"])
-    except (OSError, ValueError, KeyError):  # no cgroup here, or no limit ("max")
-        pass
-    return max(0, min(found)) if found else None
-
-
-def _table(text: str) -> dict[str, int]:
-    return {name: int(value) for name, value, *_ in (line.split() for line in text.splitlines() if line.strip())}
 
 
 def _named(paths: Sequence[Path]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sft_job.config.references import names_template_file
 from sft_job.config.source import named_bytes
 from sft_job.contract import ExitCode
 from sft_job.errors import Problem, ProblemsError, shorten
@@ -116,7 +117,7 @@ def template_text(value: str | None) -> str | None:
     Raises:
         ProblemsError: exit 2, where it is neither a template nor a file that is there.
     """
-    if value is None or "{" in value:
+    if value is None or not names_template_file(value):
         return value
     path = Path(value).expanduser()
     try:

@@ -9,50 +9,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sft_job.config.load import Loaded
+from sft_job.config.references import is_module_name
 from sft_job.config.resolve import resolve
 from sft_job.contract import ExitCode
 from sft_job.errors import JobError, Problem
 from sft_job.jobfile.load import LoadedJob
 from sft_job.jobfile.mounts import Mount, check_path
+from sft_job.jobfile.seen import MODULE, Sight, paths_of, unseen, unseen_module
 from sft_job.jobfile.validate import secret_problems
 
 _COMMAND_LINE = "command line"
 # What they name need not be on the machine from which the job is submitted.
 _ON_THE_NODES = (
     "model.lora_adapter_path",
-    "model.external_lib",
     "trainer.default_hdfs_dir",
     "trainer.resume_path",
 )
-
-
-def look_at_run(
-    config: Path, overrides: Sequence[str], environ: Mapping[str, str], gpu_count: int, origin: str
-) -> tuple[list[Problem], list[Problem]]:
-    """What is wrong with the settings of the run.
-
-    Args:
-        config: its YAML.
-        overrides: ``key=value`` on top of it.
-        environ: as the job will see it; ``${oc.env:NAME}`` is looked up in the environment of this process.
-        gpu_count: GPUs of a node.
-        origin: where the overrides were written.
-
-    Returns:
-        Problems that every machine has, and those that may be this one's alone: folders, modules and variables that
-        exist on the nodes.
-    """
-    found = [
-        dataclasses.replace(each, origin=origin or "overrides") if each.origin == _COMMAND_LINE else each
-        for each in resolve(str(config), overrides, environ, gpu_count).problems
-    ]
-    here = [each for each in found if _may_hold_there(each)]
-    return [each for each in found if each not in here], here
-
-
-def _may_hold_there(problem: Problem) -> bool:
-    unset_variable = problem.rule.startswith("cannot be resolved: Environment variable")
-    return unset_variable or problem.subject in _ON_THE_NODES or problem.code != ExitCode.CONFIG
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,23 +34,29 @@ class Place:
 
     Attributes:
         launcher: name of its block in the job file.
+        teller: who can tell what this machine cannot: nodes, container, pods.
         config: absolute path of the run's YAML.
         overrides: of the run.
-        variables: of the job.
+        variables: of the job; ``${oc.env:NAME}`` is looked up in the environment of this process.
         gpu_count: GPUs of a node.
         mounted: what a container sees under its own path: setting -> path; empty without a container.
+        sight: all that a container sees; None without one.
+        secrets_here: secrets come from the environment of the process that submits.
     """
 
     launcher: str
+    teller: str
     config: Path
     overrides: Sequence[str]
     variables: Mapping[str, str]
     gpu_count: int
-    mounted: Mapping[str, str]
+    mounted: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+    sight: Sight | None = None
+    secrets_here: bool = True
 
 
 def look_from_here(loaded: LoadedJob[Any], place: Place, environ: Mapping[str, str]) -> tuple[list[Problem], list[str]]:
-    """What is wrong with a job here and now, with its run's settings, and what only its nodes can tell, as lines.
+    """What is wrong with a job here and now and with its run's settings; and, as lines, what only others can tell.
 
     Args:
         loaded: the job file.
@@ -97,16 +76,55 @@ def look_from_here(loaded: LoadedJob[Any], place: Place, environ: Mapping[str, s
             fix = "another path; a relative one begins at the folder in which you submit"
             problems.append(Problem(ExitCode.CONFIG, subject, f"is mounted into the container: {error}", fix, path))
     for at, name in enumerate(job.secrets):
-        if not environ.get(name):
+        if place.secrets_here and not environ.get(name):
             rule, fix = "this variable is not set here", f"export {name}=..., or take it out of the list"
             problems.append(Problem(ExitCode.CONFIG, f"secrets[{at}]", rule, fix, name))
     problems = [dataclasses.replace(problem, origin=loaded.origin(problem.subject)) for problem in problems]
     if not place.config.is_file():
         return problems, []
-    at = loaded.origin("overrides")
-    found, here = look_at_run(place.config, place.overrides, place.variables, place.gpu_count, at)
-    notes = [f"only the nodes can tell: {each.origin}: {each.subject}: {each.rule}" for each in here]
+    found, unproven = _look_at_run(place, loaded.origin("overrides") or "overrides")
+    notes = [f"only the {place.teller} can tell: {each.line()}" for each in unproven]
     return [*problems, *found], notes
+
+
+def _look_at_run(place: Place, overrides: str) -> tuple[list[Problem], list[Problem]]:
+    """What is wrong with the run's settings on every machine, and what may be wrong on this one alone.
+
+    Args:
+        place: where the job will run.
+        overrides: where its overrides were written.
+    """
+    resolution = resolve(str(place.config), place.overrides, place.variables, place.gpu_count)
+    found = [each for each in resolution.problems if not _may_hold_there(each)]
+    here = [each for each in resolution.problems if _may_hold_there(each)]
+    refused, unproven = _look_for_files(place, resolution.loaded) if resolution.loaded.readable else ([], [])
+    said = {each.subject for each in (*refused, *unproven)}
+    if place.sight is not None:  # what this machine's Python finds says nothing of the container's
+        here = [each for each in here if each.subject != MODULE or _is_unset(each)]
+    here = [*(each for each in here if each.subject not in said), *unproven]
+
+    def placed(problem: Problem) -> Problem:
+        return dataclasses.replace(problem, origin=overrides) if problem.origin == _COMMAND_LINE else problem
+
+    return [placed(each) for each in (*found, *refused)], [placed(each) for each in here]
+
+
+def _look_for_files(place: Place, run: Loaded) -> tuple[list[Problem], list[Problem]]:
+    refused, unproven = unseen(paths_of(run.config), place.sight, run.origin)
+    if place.sight is not None:
+        module = unseen_module(run.config, place.sight, place.variables.get("PYTHONPATH", ""), run.origin)
+        unproven += [] if module is None else [module]
+    return refused, unproven
+
+
+def _may_hold_there(problem: Problem) -> bool:
+    """Whether another machine may see it otherwise: folders, modules and variables that exist there."""
+    module = problem.subject == MODULE and is_module_name(str(problem.value))
+    return module or _is_unset(problem) or problem.subject in _ON_THE_NODES or problem.code != ExitCode.CONFIG
+
+
+def _is_unset(problem: Problem) -> bool:
+    return problem.rule.startswith("cannot be resolved: Environment variable")
 
 
 @dataclasses.dataclass(frozen=True)

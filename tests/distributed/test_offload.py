@@ -124,15 +124,15 @@ def _long_rows(folder: Path) -> Path:
 
 
 def _on_a_small_host(config: Any) -> str:
-    from sft_job import host
+    from sft_job import job
 
-    real = host.available_memory
-    host.available_memory = lambda *_: 60 * 2**20
+    real = job.host_room
+    job.host_room = lambda *_: 60 * 2**20
     try:
         with pytest.raises(JobError) as caught:
             run_job(config)
     finally:
-        host.available_memory = real
+        job.host_room = real
     assert caught.value.code is ExitCode.OUT_OF_MEMORY
     return str(caught.value)
 

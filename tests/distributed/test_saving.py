@@ -508,7 +508,7 @@ def test_a_stop_removes_nothing(tmp_path, ranks) -> None:
 def _in_narrow_memory(run: Path, room: int) -> list[tuple[bool, list[str]]]:
     import sft_job.checkpoint.checkpointer as room_of_saves
 
-    room_of_saves.available_memory = lambda *_: room
+    room_of_saves.host_room = lambda *_: room
     found = []
     for stepped in (True, False):
         said: list[str] = []

@@ -18,6 +18,12 @@ def test_a_problem_without_value_origin_and_fix_is_two_lines():
     assert DATA.text() == "train.parquet\n    has no column 'prompt'"
 
 
+def test_a_problem_in_one_line():
+    problem = Problem(ExitCode.CONFIG, "data.val_files", "is not\nthere", "name another", "/a b", "sft.yaml:3")
+    assert problem.line() == "sft.yaml:3: data.val_files = '/a b': is not there (fix: name another)"
+    assert Problem(ExitCode.CONFIG, "data.val_files", "is not there").line() == "data.val_files: is not there"
+
+
 def test_null_is_shown_as_a_value():
     assert Problem(ExitCode.CONFIG, "trainer.seed", "must be set", value=None).text().startswith("trainer.seed = None")
 

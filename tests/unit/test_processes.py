@@ -94,3 +94,17 @@ def test_kills_for_lack_of_memory(tmp_path, file, own, text, found) -> None:
     (tmp_path / file).write_text(text)
     (tmp_path / "own").write_text(own)
     assert processes.memory_kills(tmp_path, tmp_path / "own") == found
+
+
+def test_memory_of_machine_and_container(tmp_path: Path) -> None:
+    meminfo, cgroup = tmp_path / "meminfo", tmp_path / "cgroup"
+    assert processes.host_room(meminfo, cgroup) is None
+    meminfo.write_text("MemTotal:       1000 kB\nMemAvailable:    600 kB\nHugePages_Total:       0\n")
+    assert processes.host_room(meminfo, cgroup) == 600 * 1024
+    cgroup.mkdir()
+    (cgroup / "memory.max").write_text("max\n")
+    assert processes.host_room(meminfo, cgroup) == 600 * 1024
+    (cgroup / "memory.max").write_text("100000\n")
+    (cgroup / "memory.current").write_text("90000\n")
+    (cgroup / "memory.stat").write_text("anon 20000\nfile 70000\nshmem 15000\n")
+    assert processes.host_room(meminfo, cgroup) == 100000 - 90000 + 70000 - 15000

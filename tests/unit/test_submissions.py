@@ -20,6 +20,7 @@ from sft_job.submissions import (
     read_judgement,
     read_requeue,
     record,
+    remember,
     state_folder,
 )
 
@@ -37,6 +38,30 @@ def test_a_job_is_found_by_its_id_with_and_without_its_launcher(environ, tmp_pat
         assert (found.launcher, found.job, found.run) == ("slurm", "12_3", str(tmp_path / "sft"))
         assert found.logs == ("/logs/12_3_*.err",)
         assert found.ask == "squeue -j 12_3"
+
+
+def test_who_submits_says_how_people_ask_for_it(environ) -> None:
+    run = Path("/runs/sft")
+    assert remember("slurm", "7", run, environ=environ) == ["run folder: /runs/sft", "how it stands: sft-job status 7"]
+    assert find("7", environ).run == "/runs/sft"
+    away = remember("kubernetes", "a.job.b", run, environ=environ, ask="kubectl exec b", place="the claim c")
+    assert away == [
+        "run folder: /runs/sft on the claim c",
+        "how it stands: kubectl exec b",
+        "what is known of it here: sft-job status a.job.b",
+    ]
+    assert find("a.job.b", environ).place == "the claim c"
+
+
+def test_a_job_that_cannot_be_recorded_is_submitted_all_the_same() -> None:
+    run, lost = Path("/runs/sft"), "HOME = ''\n    must be an absolute path"
+    folder, how = remember("slurm", "7", run, environ={})
+    assert folder == "run folder: /runs/sft"
+    assert how.startswith("how it stands: sft-job status /runs/sft (not by the job's id: ")
+    assert lost in how
+    *_, known = remember("kubernetes", "a.job.b", run, environ={}, ask="kubectl exec b", place="the claim c")
+    assert known.startswith("(sft-job status a.job.b does not know it: ")
+    assert lost in known
 
 
 def test_a_run_folder_may_lie_where_this_machine_does_not_see_it(environ) -> None:

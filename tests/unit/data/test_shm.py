@@ -14,7 +14,7 @@ from sft_job.config.schema import JobConfig
 from sft_job.contract import RunFolder
 from sft_job.data.cache import CacheSpec, open_or_build
 from sft_job.data.prepare import prepare
-from sft_job.data.shm import available_memory, clean_stale, to_shm
+from sft_job.data.shm import clean_stale, to_shm
 from sft_job.errors import ProblemsError
 from tests.unit.data.conftest import rows_file
 
@@ -170,20 +170,6 @@ class TestStale:
         (entry.with_name(f".copying-{entry.name}") / "0" / "rows.parquet").write_text("hal")
         assert to_shm(files, root, fail)[0].read_text() == "content of a"
         assert entries(root) == [entry]
-
-
-def test_memory_of_machine_and_container(tmp_path: Path) -> None:
-    meminfo, cgroup = tmp_path / "meminfo", tmp_path / "cgroup"
-    assert available_memory(meminfo, cgroup) is None
-    meminfo.write_text("MemTotal:       1000 kB\nMemAvailable:    600 kB\nHugePages_Total:       0\n")
-    assert available_memory(meminfo, cgroup) == 600 * 1024
-    cgroup.mkdir()
-    (cgroup / "memory.max").write_text("max\n")
-    assert available_memory(meminfo, cgroup) == 600 * 1024
-    (cgroup / "memory.max").write_text("100000\n")
-    (cgroup / "memory.current").write_text("90000\n")
-    (cgroup / "memory.stat").write_text("anon 20000\nfile 70000\nshmem 15000\n")
-    assert available_memory(meminfo, cgroup) == 100000 - 90000 + 70000 - 15000
 
 
 def test_data_use_shm_reads_the_copies_and_names_the_files(

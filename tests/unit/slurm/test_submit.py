@@ -18,7 +18,12 @@ from slurm.plan import Plan
 
 CANARY = "c0ffee" * 6
 CONFIG = "data: {train_files: /nodes/data.parquet}\nmodel: {partial_pretrain: /nodes/model}\n"
-NOT_HERE = "only the nodes can tell: sft.yaml:2: model.partial_pretrain: there is no such folder"
+NOT_HERE = [
+    "only the nodes can tell: sft.yaml:2: model.partial_pretrain = '/nodes/model': there is no such folder (fix: "
+    "correct the path, or mount the folder into the container)",
+    "only the nodes can tell: sft.yaml:1: data.train_files = '/nodes/data.parquet': there is no such file or folder on "
+    "this machine (fix: correct the path, unless the job finds it there)",
+]
 
 
 @pytest.fixture
@@ -56,7 +61,7 @@ def test_submitted_and_shown(login, tmp_path: Path) -> None:
     done = login()
     assert done.returncode == 0, words(done)
     assert done.stdout.splitlines() == [
-        NOT_HERE,
+        *NOT_HERE,
         "submitted job 77 (mine): 1 node(s), 1 rank(s) on each",
         f"log: {tmp_path}/runs/slurm/77_0_log.out",
         f"run folder: {tmp_path}/runs/sft",
@@ -111,7 +116,7 @@ def test_no_secret_in_any_file(login, tmp_path: Path) -> None:
 def test_a_dry_run_submits_and_writes_nothing(login, tmp_path: Path) -> None:
     done = login("--dry-run", sbatch=None)
     assert done.returncode == 0, words(done)
-    assert done.stdout.startswith(f"{NOT_HERE}\n# sbatch script\n#!/bin/bash\n")
+    assert done.stdout.startswith("\n".join([*NOT_HERE, "# sbatch script\n#!/bin/bash\n"]))
     assert "-m sft_job.cli train" in done.stdout
     assert not (tmp_path / "runs").exists()
 
@@ -168,10 +173,44 @@ def test_what_only_the_nodes_have_is_no_error(login, tmp_path: Path) -> None:
     assert done.returncode == 0, words(done)
     told = [line for line in done.stdout.splitlines() if line.startswith("only the nodes can tell: sft.yaml:")]
     assert [line.split(": ")[2] for line in told] == [
-        "model.external_lib",
-        "trainer.project_name",
-        "model.partial_pretrain",
+        "model.external_lib = 'only.there'",
+        "trainer.project_name = '${oc.env:ONLY_THERE}'",
+        "model.partial_pretrain = '/nodes/model'",
+        "data.train_files = '/nodes/data.parquet'",
     ]
+
+
+def test_what_a_container_on_the_nodes_may_not_see_is_told(login, tmp_path: Path) -> None:
+    """Never refused: runtimes bring mounts of the cluster's own."""
+    run = (
+        "data.chat_template=t.jinja",
+        "data.cache_dir=/cache",
+        "model.external_lib=yaml",
+        "data.val_files=/etc/passwd",
+    )
+    job = ("slurm.container=pyxis", "image=x.sqsh", f"mounts=[{tmp_path}:/nodes]", "--dry-run")
+    done = login(*run, *job)
+    assert done.returncode == 0, words(done)
+    told = [line for line in done.stdout.splitlines() if line.startswith("only the nodes can tell: ")]
+    shown = [line.partition("tell: ")[2] for line in told]
+    brought = "it would have to be in the image, or be mounted by the cluster or by options of yours"
+    assert shown[1:] == [
+        "command line: data.chat_template = 't.jinja': is no absolute path: in the container it may begin at another "
+        "folder (fix: data.chat_template=/absolute/path/to/t.jinja, and mounts: [/absolute/path/to] unless that folder "
+        "is seen already)",
+        "command line: data.cache_dir = '/cache': is not mounted for the job to write there (fix: add it: mounts: "
+        "[/cache:rw])",
+        "sft.yaml:1: data.train_files = '/nodes/data.parquet': there is no such file or folder on this machine (fix: "
+        "correct the path, unless the job finds it there)",
+        f"command line: data.val_files = '/etc/passwd': is seen by no mount of the container: {brought} (fix: add it: "
+        "mounts: [/etc/passwd])",
+        "command line: model.external_lib = 'yaml': would have to be installed in the image, or lie in a mounted "
+        "folder of PYTHONPATH (fix: install it in the image)",
+    ]
+    # Without a container the job sees what its nodes have.
+    shown = login("data.val_files=/etc/passwd", "data.cache_dir=/cache", "--dry-run").stdout
+    assert "/etc/passwd" not in shown.partition("# sbatch")[0]
+    assert "data.cache_dir = " not in shown
 
 
 def test_a_config_that_is_edited_later_does_not_change_a_job_that_waits(login, tmp_path: Path) -> None:
@@ -244,7 +283,7 @@ def test_what_the_shell_says_to_sbatch_does_not_reach_it(login, tmp_path: Path) 
     seen = dict(line.split("=", 1) for line in (tmp_path / "seen").read_text().splitlines() if "=" in line)
     assert not shell.keys() & seen.keys()
     assert {**kept, "WANDB_API_KEY": CANARY}.items() <= seen.items()
-    assert done.stdout.splitlines()[1].endswith(f": {', '.join(sorted(shell))}")
+    assert done.stdout.splitlines()[len(NOT_HERE)].endswith(f": {', '.join(sorted(shell))}")
 
 
 @pytest.mark.parametrize(("ends", "code"), [("0_0", 0), ("0_65", 65)])

@@ -74,7 +74,10 @@ def test_started_and_shown(box, tmp_path: Path) -> None:
     name = rest[0].removeprefix("--name=")
     assert name.startswith("mine-")
     assert done.stdout.splitlines() == [
-        "only the container can tell: sft.yaml:4: model.partial_pretrain: there is no such folder",
+        f"only the container can tell: sft.yaml:4: model.partial_pretrain = '{tmp_path}/model': there is no such "
+        "folder (fix: correct the path, or mount the folder into the container)",
+        f"only the container can tell: sft.yaml:2: data.train_files = '{tmp_path}/a.parquet': there is no such file or "
+        "folder on this machine (fix: correct the path, unless the job finds it there)",
         f"started container {name}: 1 rank(s)",
         f"log: docker logs --follow {name}",
         f"run folder: {tmp_path}/runs/sft",
@@ -147,8 +150,15 @@ def test_an_image_that_is_pulled_first_is_told(box, tmp_path: Path) -> None:
         ("checkpoint_dir=/opt/sft-job/x", "mounted at /opt/sft-job/x it would hide"),
         ("mounts=[/:/usr/local]", "mounted at /usr/local it would hide"),
         ("data.train_files=rows/a.parquet", "is no absolute path"),
-        ("data.val_files=[/data/v.parquet]", "is seen by no mount"),
-        ("model.partial_pretrain=/data/model", "fix: add it: mounts: [/data/model]"),
+        (
+            "data.val_files=[/etc/passwd]",
+            "is seen by no mount of the container\n    fix: add it: mounts: [/etc/passwd]",
+        ),
+        ("data.chat_template=/usr/bin/env", "fix: add it: mounts: [/usr/bin/env]"),
+        ("data.custom_cls.path=mine.py", "data.custom_cls.path=/absolute/path/to/mine.py, and mounts: "),
+        ("model.partial_pretrain=/usr", "fix: add it: mounts: [/usr]"),
+        ("model.external_lib=my-lib", "must be the name of a Python module"),
+        ("trainer.default_hdfs_dir=/data/copy", "fix: add it: mounts: [/data/copy:rw]"),
         ("data.cache_dir=/data/cache", "fix: add it: mounts: [/data/cache:rw]"),
     ],
 )
@@ -157,6 +167,40 @@ def test_what_the_container_could_not_do_with(box, tmp_path: Path, override: str
     assert done.returncode == 2
     assert told in words(done)
     assert not asked(tmp_path)
+
+
+def test_what_the_image_may_hold_is_told_and_not_refused(box) -> None:
+    words_of_the_run = ("data.val_files=[/in/image/v.parquet]", "data.chat_template=/in/image/t.jinja")
+    done = box(*words_of_the_run, "model.partial_pretrain=/in/image/m.1", "model.external_lib=yaml", "--dry-run")
+    assert done.returncode == 0, words(done)
+    told = [line for line in done.stdout.splitlines() if line.startswith("only the container can tell: command line:")]
+    rule = "is seen by no mount of the container: it would have to be in the image (fix: add it: mounts: [/in/image])"
+    assert [line.partition("command line: ")[2] for line in told] == [
+        f"model.partial_pretrain = '/in/image/m.1': {rule}",
+        f"data.chat_template = '/in/image/t.jinja': {rule}",
+        f"data.val_files[0] = '/in/image/v.parquet': {rule}",
+        "model.external_lib = 'yaml': would have to be installed in the image, or lie in a mounted folder of "
+        "PYTHONPATH (fix: install it in the image)",
+    ]
+
+
+@pytest.mark.parametrize("option", ["--tmpfs=/cache", "--mount=type=bind,source=/usr,target=/etc", "--workdir=/data"])
+def test_what_options_of_the_user_s_own_may_bring_is_told(box, option: str) -> None:
+    run = ("data.cache_dir=/cache", "data.val_files=/etc/passwd", "data.chat_template=t.jinja")
+    assert box(*run, "--dry-run").returncode == 2
+    done = box(*run, f"docker.args=[{json.dumps(option)}]", "--dry-run")
+    assert done.returncode == 0, words(done)
+    assert done.stdout.count("only the container can tell: command line: data.") == 3
+
+
+def test_a_folder_whose_name_no_mount_can_say(box, tmp_path: Path) -> None:
+    odd = tmp_path / "a,b"
+    odd.mkdir()
+    (tmp_path / "sft.yaml").rename(odd / "sft.yaml")
+    done = box("config=a,b/sft.yaml")
+    assert done.returncode == 2
+    assert "is mounted into the container: must be plain absolute paths" in words(done)
+    assert "Traceback" not in done.stderr
 
 
 def test_without_an_engine(box) -> None:

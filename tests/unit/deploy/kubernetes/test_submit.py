@@ -85,7 +85,8 @@ def test_applied_and_shown(desk, tmp_path: Path) -> None:
     kubectl = "kubectl --namespace=team"
     patch = """--type=merge '--patch={"spec":{"runPolicy":{"suspend":true}}}'"""
     assert done.stdout.splitlines() == [
-        "only the pods can tell: sft.yaml:2: model.partial_pretrain: there is no such folder",
+        "only the pods can tell: sft.yaml:2: model.partial_pretrain = '/models/base': is seen by no mount of the "
+        "container: it would have to be in the image (fix: add it: kubernetes.claims: [CLAIM:/models/base])",
         "not counted on Kubernetes: retries.without_checkpoint; starts that come no further end with 86",
         "not counted by this operator after exit codes: retries.losses; starts that come no further end with 86",
         "applied",
@@ -181,6 +182,53 @@ def test_errors_of_the_run_s_settings_are_found_here(desk, tmp_path: Path) -> No
     assert not (tmp_path / "applied").exists()
     (tmp_path / "sft.yaml").unlink()
     assert "config = 'sft.yaml'\n    there is no such file" in words(desk())
+
+
+def test_files_that_the_pods_do_not_see(desk, tmp_path: Path) -> None:
+    seen = ("data.cache_dir=/runs/cache", "data.val_files=/data/*.parquet", "data.chat_template='{{ messages }}'")
+    done = desk("model.partial_pretrain=/data/base", *seen, "--dry-run")
+    assert done.returncode == 0, words(done)
+    assert "has to be" not in done.stdout
+    assert "is seen by" not in done.stdout
+    done = desk(
+        "data.chat_template=t.jinja", "data.cache_dir=/data/cache", "data.val_files=/tmp/v.parquet", "--dry-run"
+    )
+    assert done.returncode == 2
+    said = words(done)
+    assert said.startswith("3 problems:")
+    for text in (
+        "data.chat_template = 't.jinja'\n    is no absolute path: in the container it would begin at /\n    fix: "
+        "data.chat_template=/absolute/path/to/t.jinja, and kubernetes.claims: [CLAIM:/absolute/path/to] unless",
+        "data.cache_dir = '/data/cache'\n    is not mounted for the job to write there\n    fix: add it: "
+        "kubernetes.claims: [CLAIM:/data/cache:rw]",
+        "data.val_files = '/tmp/v.parquet'\n    is seen by no mount of the container\n    fix: put it into a "
+        "folder of its own and add that: /tmp is made with the container",
+    ):
+        assert f"job.yaml:2: {text}" in said or f"command line: {text}" in said, text
+
+
+def test_what_the_image_may_hold_is_told_and_not_refused(desk) -> None:
+    """A pod sees no folder of this machine, whether it is here or not."""
+    done = desk("data.custom_cls.path=/etc/passwd", "data.custom_cls.name=Mine", "model.external_lib=yaml", "--dry-run")
+    assert done.returncode == 0, words(done)
+    told = [line.partition("command line: ")[2] for line in done.stdout.splitlines() if "command line: " in line]
+    assert told == [
+        "data.custom_cls.path = '/etc/passwd': is seen by no mount of the container: it would have to be in the image "
+        "(fix: add it: kubernetes.claims: [CLAIM:/etc/passwd])",
+        "model.external_lib = 'yaml': would have to be installed in the image, or lie in a mounted folder of "
+        "PYTHONPATH (fix: install it in the image)",
+    ]
+
+
+def test_a_module_that_a_variable_of_the_pods_names(desk, tmp_path: Path) -> None:
+    (tmp_path / "sft.yaml").write_text(CONFIG.replace("base}", "base, external_lib: '${oc.env:ONLY_THERE}'}"))
+    done = desk("--dry-run")
+    assert done.returncode == 0, words(done)
+    assert "# only the pods can tell: sft.yaml:2: model.external_lib = '${oc.env:ONLY_THERE}': cannot be" in done.stdout
+
+
+def test_a_secret_of_a_pod_need_not_be_here(desk) -> None:
+    assert desk("--dry-run", WANDB_API_KEY="").returncode == 0
 
 
 def test_a_name_that_is_taken(desk, tmp_path: Path) -> None:
