@@ -45,9 +45,9 @@ def row_losses(
 ) -> tuple[Tensor, Tensor | None]:
     """Scaled sum of the rows' cross-entropies; the logits become its gradients, in place, but for those of the targets.
 
-    The targets' own are given back and not written: where every element is compared with its row's target, the pass over
-    the logits takes three times as long as reading and writing them. From them, not from what was written: the
-    difference from 1 would be one of rounded numbers.
+    The targets' own are given back and not written: where every element is compared with its row's target, the pass
+    over the logits takes three times as long as reading and writing them. They are no differences of what was written,
+    which is rounded.
 
     Args:
         logits: [chunk, V] as the head gives them; overwritten where ``into_gradients``.
@@ -72,7 +72,7 @@ def row_losses(
 
 
 def rows_of_chunk(rows: int, most: int) -> int:
-    """Rows of every chunk but the last: as few chunks as may be, of nearly one size, in multiples of 256 where they fit.
+    """Rows of each chunk but the last: as few chunks as may be, nearly even, in multiples of 256 where these fit.
 
     Args:
         rows: all of them.
