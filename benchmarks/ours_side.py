@@ -19,7 +19,7 @@ import yaml
 
 from benchmarks.ceiling import matmul_ceiling
 from benchmarks.outcome import Outcome, say, versions
-from benchmarks.plan import RunSpec
+from benchmarks.plan import LEARNING_RATE, RunSpec
 from benchmarks.stamps import StepClock
 from benchmarks.tokens import SEED
 from sft_job.checkpoint.start import Start
@@ -81,7 +81,7 @@ def job_settings(spec: RunSpec) -> dict[str, Any]:
         "model.partial_pretrain": spec.model,
         "model.init": "random",
         "model.fsdp_config.model_dtype": "bf16" if spec.on_gpu else "fp32",
-        "optim.lr": 1e-5,
+        "optim.lr": LEARNING_RATE,
         "optim.lr_scheduler": "constant",
         "optim.warmup_steps": 0,
         "optim.no_decay_on_norms_and_biases": True,  # as transformers' Trainer does it
