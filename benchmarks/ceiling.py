@@ -13,7 +13,7 @@ SIZE = 8192
 SIZE_ON_CPU = 256
 WARM, TIMED = 20, 100
 LOAD, LOAD_ON_CPU = 1500, 3
-"""Products before the rate under load is taken: about two and a half seconds, in which an H200 comes to its power limit."""
+"""Products before the rate under load is taken: two and a half seconds, in which an H200 comes to its power limit."""
 
 
 def matmul_ceiling(device: torch.device) -> dict[str, Any]:

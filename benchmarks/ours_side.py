@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,14 +94,19 @@ def job_settings(spec: RunSpec) -> dict[str, Any]:
         "trainer.recovery_minutes": 0,
         **spec.settings,
     }
-    nested: dict[str, Any] = {}
+    return nested(settings)
+
+
+def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by their full names as nested mappings."""
+    found: dict[str, Any] = {}
     for name, value in settings.items():
         *parents, leaf = name.split(".")
-        place = nested
+        place = found
         for parent in parents:
             place = place.setdefault(parent, {})
         place[leaf] = value
-    return nested
+    return found
 
 
 def job_config(spec: RunSpec, path: Path) -> JobConfig:
@@ -110,8 +115,22 @@ def job_config(spec: RunSpec, path: Path) -> JobConfig:
     Raises:
         ProblemsError: all that is wrong with them.
     """
-    path.write_text(yaml.safe_dump(job_settings(spec)), encoding="utf-8")
-    environ = {**os.environ, "NPROC_PER_NODE": str(spec.ranks)}
+    return checked_config(job_settings(spec), path, spec.ranks)
+
+
+def checked_config(settings: Mapping[str, Any], path: Path, ranks: int) -> JobConfig:
+    """Settings as the job reads them from a file.
+
+    Args:
+        settings: as nested mappings.
+        path: of the file, which is written here.
+        ranks: of this node.
+
+    Raises:
+        ProblemsError: all that is wrong with them.
+    """
+    path.write_text(yaml.safe_dump(dict(settings)), encoding="utf-8")
+    environ = {**os.environ, "NPROC_PER_NODE": str(ranks)}
     resolution = resolve(str(path), [], environ, count_gpus(environ))
     raise_problems(resolution.problems)
     return resolution.loaded.config
