@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import yaml
 
 from benchmarks.ceiling import matmul_ceiling
 from benchmarks.outcome import Outcome, say, versions
-from benchmarks.plan import RunSpec
+from benchmarks.plan import LEARNING_RATE, RunSpec
 from benchmarks.stamps import StepClock
 from benchmarks.tokens import SEED
 from sft_job.checkpoint.start import Start
@@ -81,7 +81,7 @@ def job_settings(spec: RunSpec) -> dict[str, Any]:
         "model.partial_pretrain": spec.model,
         "model.init": "random",
         "model.fsdp_config.model_dtype": "bf16" if spec.on_gpu else "fp32",
-        "optim.lr": 1e-5,
+        "optim.lr": LEARNING_RATE,
         "optim.lr_scheduler": "constant",
         "optim.warmup_steps": 0,
         "optim.no_decay_on_norms_and_biases": True,  # as transformers' Trainer does it
@@ -94,14 +94,19 @@ def job_settings(spec: RunSpec) -> dict[str, Any]:
         "trainer.recovery_minutes": 0,
         **spec.settings,
     }
-    nested: dict[str, Any] = {}
+    return nested(settings)
+
+
+def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by their full names as nested mappings."""
+    found: dict[str, Any] = {}
     for name, value in settings.items():
         *parents, leaf = name.split(".")
-        place = nested
+        place = found
         for parent in parents:
             place = place.setdefault(parent, {})
         place[leaf] = value
-    return nested
+    return found
 
 
 def job_config(spec: RunSpec, path: Path) -> JobConfig:
@@ -110,8 +115,22 @@ def job_config(spec: RunSpec, path: Path) -> JobConfig:
     Raises:
         ProblemsError: all that is wrong with them.
     """
-    path.write_text(yaml.safe_dump(job_settings(spec)), encoding="utf-8")
-    environ = {**os.environ, "NPROC_PER_NODE": str(spec.ranks)}
+    return checked_config(job_settings(spec), path, spec.ranks)
+
+
+def checked_config(settings: Mapping[str, Any], path: Path, ranks: int) -> JobConfig:
+    """Settings as the job reads them from a file.
+
+    Args:
+        settings: as nested mappings.
+        path: of the file, which is written here.
+        ranks: of this node.
+
+    Raises:
+        ProblemsError: all that is wrong with them.
+    """
+    path.write_text(yaml.safe_dump(dict(settings)), encoding="utf-8")
+    environ = {**os.environ, "NPROC_PER_NODE": str(ranks)}
     resolution = resolve(str(path), [], environ, count_gpus(environ))
     raise_problems(resolution.problems)
     return resolution.loaded.config

@@ -40,6 +40,12 @@ def figures(run: Mapping[str, Any]) -> Figures:
     found["memory"] = _largest([rank.get("memory") or {} for rank in ranks])
     ceilings = [rank[name]["tflops"] for rank in ranks for name in ("ceiling_before", "ceiling_after") if name in rank]
     found["ceilings_tflops"] = ceilings
+    found["warm_ceilings_tflops"] = [
+        rank[name]["warm"]["tflops"]
+        for rank in ranks
+        for name in ("ceiling_before", "ceiling_after")
+        if "warm" in rank.get(name, {})
+    ]
     later = seconds[run["warmup"] :]
     if not later:
         return found
@@ -88,19 +94,47 @@ def _largest(memories: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: max(memory.get(name, 0.0) for memory in memories) for name in sorted(names)}
 
 
-def gate(losses: Sequence[float], reference: Sequence[float], limits: tuple[float, float]) -> Figures:
-    """Whether losses are those of the reference: the largest relative difference of the first 5 and the first 20."""
+def gate(
+    losses: Sequence[float], reference: Sequence[float], limits: tuple[float, float], *, must_move: bool = True
+) -> Figures:
+    """Whether losses are those of the reference: the largest relative difference of the first 5 and the first 20.
+
+    Args:
+        losses: of each step.
+        reference: of each step; a run that has fewer is compared over these.
+        limits: of the first 5, of the first 20.
+        must_move: refuse a reference that a run which learns nothing would pass, its first value at every step.
+
+    Returns:
+        ``passed`` is None where nothing is proved, and ``why`` says it.
+    """
     pairs = list(zip(losses, reference, strict=False))[:20]
     if not pairs:
-        return {"passed": None}
-    relative = [abs(ours - right) / abs(right) for ours, right in pairs]
-    first, all_ = max(relative[:5]), max(relative)
+        return {"passed": None, "why": "no losses"}
+    first, all_ = _differences(pairs)
+    found: Figures = {"steps": len(pairs), "first_5": first, "first_20": all_, "limits": list(limits)}
     passed = first <= limits[0] and all_ <= limits[1]
-    return {"passed": passed, "steps": len(pairs), "first_5": first, "first_20": all_, "limits": list(limits)}
+    idle = _differences([(reference[0], right) for _, right in pairs])
+    found["idle_20"] = idle[1]
+    if passed and must_move and idle[0] <= limits[0] and idle[1] <= limits[1]:
+        return {"passed": None, "why": "the reference's losses stand still", **found}
+    return {"passed": passed, **found}
 
 
-def verdict(row: Row, runs: Sequence[Mapping[str, Any]], ceiling: float | None) -> Figures:
-    """The row's subject, before and after, against the fastest of its partners and its losses' reference."""
+def _differences(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    relative = [abs(ours - right) / abs(right) for ours, right in pairs]
+    return max(relative[:5]), max(relative)
+
+
+def verdict(row: Row, runs: Sequence[Mapping[str, Any]], ceiling: float | None, warm: float | None = None) -> Figures:
+    """The row's subject, before and after, against the fastest of its partners and its losses' reference.
+
+    Args:
+        row: which.
+        runs: all of the sitting.
+        ceiling: the card's rate of products, TFLOP/s; the highest that was seen.
+        warm: the same of a card under load.
+    """
     parts = {part: [run for run in runs if _is(run, row, part)] for part in ("A", "A'", "B", "R")}
     own = [rate for run in (*parts["A"], *parts["A'"]) if (rate := _median(run, "tokens_per_second_per_gpu"))]
     found: Figures = {"row": row.name, "goals": row.goals, "ours_tokens_per_second_per_gpu": own}
@@ -113,6 +147,7 @@ def verdict(row: Row, runs: Sequence[Mapping[str, Any]], ceiling: float | None) 
     if tflops:
         found["ours_model_tflops_per_gpu"] = statistics.mean(tflops)
         found["of_ceiling"] = found["ours_model_tflops_per_gpu"] / ceiling if ceiling else None
+        found["of_warm_ceiling"] = found["ours_model_tflops_per_gpu"] / warm if warm else None
     partners = [run for run in parts["B"] if _median(run, "tokens_per_second_per_gpu")]
     if partners:
         best = max(partners, key=lambda run: _median(run, "tokens_per_second_per_gpu") or 0.0)
@@ -128,7 +163,7 @@ def verdict(row: Row, runs: Sequence[Mapping[str, Any]], ceiling: float | None) 
         subject = parts["A"][0]["figures"]
         found["gate"] = gate(subject.get("losses") or [], reference.get("losses") or [], row.gate)
         found["gate_grad_norms"] = gate(
-            subject.get("grad_norms") or [], reference.get("grad_norms") or [], (0.02, 0.05)
+            subject.get("grad_norms") or [], reference.get("grad_norms") or [], (0.02, 0.05), must_move=False
         )
     return found
 
@@ -148,18 +183,19 @@ def _median(run: Mapping[str, Any], name: str) -> float | None:
 
 def markdown(record: Mapping[str, Any]) -> str:
     """The tables of everything that was measured."""
-    machine, ceiling = record["machine"], record.get("ceiling_tflops")
+    machine, ceiling, warm = record["machine"], record.get("ceiling_tflops"), record.get("warm_ceiling_tflops")
     lines = [
         f"{machine['gpu'] or 'CPU'}, torch {machine['versions'].get('torch')}, {record['started']}, "
         f"commit {machine['commit']}; ceiling (bf16, 8192^3, this run) "
-        + (f"{ceiling:.0f} TFLOP/s" if ceiling else "not known"),
+        + (f"{ceiling:.0f} TFLOP/s" if ceiling else "not known")
+        + (f", of a card under load {warm:.0f}" if warm else ""),
         "",
-        "| row | part | side | steps | s/step (p10 to p90) | tok/s per GPU | model TFLOP/s | of ceiling "
+        "| row | part | side | steps | s/step (p10 to p90) | tok/s per GPU | model TFLOP/s | of ceiling (under load) "
         "| peak GiB (reserved) | built, first step begun s | first step s | state |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
-        *(_line(run, ceiling) for run in record["runs"]),
+        *(_line(run, ceiling, warm) for run in record["runs"]),
         "",
-        "| row | ours tok/s | fastest partner | tok/s ratio | TFLOP/s ratio | A to A' | of ceiling "
+        "| row | ours tok/s | fastest partner | tok/s ratio | TFLOP/s ratio | A to A' | of ceiling (under load) "
         "| padding, imbalance | losses as the reference's | wanted |",
         "|---|---|---|---|---|---|---|---|---|---|",
         *(_verdict_line(each) for each in record["verdicts"]),
@@ -167,7 +203,7 @@ def markdown(record: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _line(run: Mapping[str, Any], ceiling: float | None) -> str:
+def _line(run: Mapping[str, Any], ceiling: float | None, warm: float | None) -> str:
     found = run["figures"]
     took, memory = found.get("step_seconds"), found.get("memory") or {}
     tflops = _median(run, "model_tflops_per_gpu")
@@ -179,13 +215,18 @@ def _line(run: Mapping[str, Any], ceiling: float | None) -> str:
         f"{took['median']:.3f} ({took['p10']:.3f} to {took['p90']:.3f})" if took else "-",
         _shown(_median(run, "tokens_per_second_per_gpu"), ",.0f"),
         _shown(tflops, ".1f"),
-        _shown(tflops / ceiling if tflops and ceiling else None, ".3f"),
+        _shares(tflops, ceiling, warm),
         _memory(memory),
         f"{_shown(found.get('seconds_to_build'), '.1f')}, {_shown(found.get('seconds_to_first_step'), '.1f')}",
         _shown(found.get("first_step_seconds"), ".1f"),
         run["state"],
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _shares(tflops: float | None, ceiling: float | None, warm: float | None) -> str:
+    shares = [_shown(tflops / rate if tflops and rate else None, ".3f") for rate in (ceiling, warm)]
+    return f"{shares[0]} ({shares[1]})"
 
 
 def _memory(memory: Mapping[str, float]) -> str:
@@ -197,8 +238,7 @@ def _memory(memory: Mapping[str, float]) -> str:
 
 
 def _verdict_line(found: Mapping[str, Any]) -> str:
-    own, passed = found["ours_tokens_per_second_per_gpu"], (found.get("gate") or {}).get("passed")
-    first = (found.get("gate") or {}).get("first_5")
+    own = found["ours_tokens_per_second_per_gpu"]
     cells = [
         found["row"],
         _shown(statistics.mean(own) if own else None, ",.0f"),
@@ -206,12 +246,19 @@ def _verdict_line(found: Mapping[str, Any]) -> str:
         _shown(found.get("ratio_tokens"), ".3f"),
         _shown(found.get("ratio_tflops"), ".3f"),
         _shown(found.get("a_to_a"), ".2%"),
-        _shown(found.get("of_ceiling"), ".3f"),
+        f"{_shown(found.get('of_ceiling'), '.3f')} ({_shown(found.get('of_warm_ceiling'), '.3f')})",
         f"{_shown(found.get('padding'), '.1%')}, {_shown(found.get('token_imbalance'), '.1%')}",
-        "not compared" if passed is None else f"{'yes' if passed else 'NO'} ({first:.1e})",
+        _gate_text(found.get("gate") or {}),
         found["goals"],
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _gate_text(found: Mapping[str, Any]) -> str:
+    if "first_5" not in found:
+        return "not compared"
+    word = {True: "yes", False: "NO", None: "nothing proved"}[found["passed"]]
+    return f"{word} ({found['first_5']:.1e}, {found['first_20']:.1e})" + (f": {found['why']}" if "why" in found else "")
 
 
 def _shown(value: float | None, form: str) -> str:

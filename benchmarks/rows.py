@@ -120,7 +120,8 @@ ROWS: tuple[Row, ...] = (
         ),
         _FULL_8K_PARTNERS,
         "1.10 of the ceiling; 1.7x TRL",
-        gate=(1e-2, 2e-2),
+        # Twice that of bf16. In bf16's own row the losses of fp8 differ by 3e-4 to 7e-4 from the reference's (H200).
+        gate=(2e-3, 1e-2),
     ),
     Row(
         "qwen4b_full_1x32768",

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from benchmarks import trl_attention
 from benchmarks.ceiling import matmul_ceiling
 from benchmarks.outcome import Outcome, say, versions
-from benchmarks.plan import RunSpec
+from benchmarks.plan import LEARNING_RATE, RunSpec
 from benchmarks.stamps import StepClock
 from benchmarks.tokens import SEED, read_in_step_order
 from sft_job.metrics.flops import FlopsShape, model_flops
@@ -42,7 +42,7 @@ def sft_arguments(spec: RunSpec) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "output_dir": str(Path(spec.out) / "trl"),
         "max_steps": spec.all_steps,
-        "learning_rate": 1e-5,
+        "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "constant",
         "weight_decay": 0.01,
         "adam_beta1": 0.9,

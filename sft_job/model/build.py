@@ -26,6 +26,7 @@ from sft_job.model.loss import row_losses
 from sft_job.model.offload import InputStore
 from sft_job.model.precision import Precision
 from sft_job.model.supported import check_architecture, decoder_blocks
+from sft_job.model.tail import compile_final_norm
 from sft_job.model.weights import draw, load_pretrained, unit_seed
 from sft_job.parallel.fsdp import Sharding, shard_module, sum_gradients
 from sft_job.parallel.mesh import Mesh
@@ -75,6 +76,8 @@ def build_model(
     compiled = compiles(config, device)
     blocks = Blocks(decoder_blocks(lm), backend, compiled=compiled, store=InputStore(device))
     blocks.set_plan(first_plan(config, len(decoder_blocks(lm))))
+    if compiled:
+        compile_final_norm(lm)
     module = CausalLMLoss(lm, backend, mesh.ulysses, blocks, maybe_compiled(row_losses, compiled))
     # A checkpoint of adapters does not hold the frozen base.
     fill_base = load or adapters is not None

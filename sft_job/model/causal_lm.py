@@ -17,6 +17,7 @@ from sft_job.errors import JobError
 from sft_job.model.attention.call import Backend, Documents, Packed
 from sft_job.model.blocks import Blocks
 from sft_job.model.loss import LogitRule, RowLosses, chunked_cross_entropy, row_losses
+from sft_job.model.tail import pick_rows
 
 
 def logit_rule(config: PretrainedConfig) -> LogitRule:
@@ -63,7 +64,7 @@ class CausalLMLoss(nn.Module):
         """Sum of the cross-entropies of this rank's supervised tokens over ``divisor``; [] in fp32 or wider."""
         hidden = self.hidden(batch)[0]  # [T/u, E]
         head: Any = self.lm.get_output_embeddings()
-        rows = hidden.index_select(0, batch.target_rows)  # [n, E]
+        rows = pick_rows(hidden, batch.target_rows)  # [n, E]
         targets = batch.targets[0].index_select(0, batch.target_rows)  # [n]
         return chunked_cross_entropy(rows, head.weight, head.bias, targets, self._rule, 1.0 / divisor, each=self._each)
 

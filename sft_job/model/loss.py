@@ -13,6 +13,8 @@ from torch.autograd.function import once_differentiable
 
 CHUNK_ELEMENTS = 2**29
 """Logits computed at once (rows x vocabulary): 1 GiB in bf16."""
+_TILE = 256
+"""Rows that a matrix product works on at a time: what is left over of it costs as much as a whole one."""
 
 
 @dataclass(frozen=True)
@@ -35,29 +37,51 @@ class LogitRule:
         return self.scale if self.softcap is None else self.scale * (1.0 - (applied / self.softcap).square())
 
 
-RowLosses = Callable[[Tensor, Tensor, Tensor, LogitRule, bool], Tensor]
+RowLosses = Callable[[Tensor, Tensor, Tensor, LogitRule, bool], tuple[Tensor, Tensor | None]]
 
 
-def row_losses(logits: Tensor, targets: Tensor, scale: Tensor, rule: LogitRule, into_gradients: bool) -> Tensor:
-    """Scaled sum of the rows' cross-entropies; the logits become its gradients, in place.
+def row_losses(
+    logits: Tensor, targets: Tensor, scale: Tensor, rule: LogitRule, into_gradients: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Scaled sum of the rows' cross-entropies; the logits become its gradients, in place, but for those of the targets.
+
+    The targets' own are given back and not written: where every element is compared with its row's target, the pass
+    over the logits takes three times as long as reading and writing them. They are no differences of what was written,
+    which is rounded.
 
     Args:
         logits: [chunk, V] as the head gives them; overwritten where ``into_gradients``.
         targets: [chunk].
         scale: factor on the sum; a tensor, because a compiled form would be made anew for every number.
         rule: what the model does to its logits.
-        into_gradients: overwrite the logits with the gradients of the scaled sum.
+        into_gradients: overwrite the logits with the gradients that the scaled sum would have without its targets.
 
     Returns:
-        Scalar in fp32, in fp64 where the logits are fp64.
+        Scalar in fp32, in fp64 where the logits are fp64; and, where ``into_gradients``, the gradients of the targets'
+        logits, [chunk, 1] in the logits' dtype, which belong in their places.
     """
     wide = rule.apply(logits.to(torch.promote_types(logits.dtype, torch.float32)))  # [chunk, V]
-    norms = wide.logsumexp(dim=1)  # [chunk]
-    losses = norms - wide.gather(1, targets[:, None])[:, 0]
-    if into_gradients:
-        chosen = torch.arange(wide.shape[1], device=wide.device) == targets[:, None]
-        logits.copy_(((wide - norms[:, None]).exp() - chosen.to(wide.dtype)) * (rule.slope(wide) * scale))
-    return losses.sum() * scale
+    norms = wide.logsumexp(dim=1, keepdim=True)  # [chunk, 1]
+    chosen = wide.gather(1, targets[:, None])  # [chunk, 1]
+    total = (norms - chosen).sum() * scale
+    if not into_gradients:
+        return total, None
+    of_targets = ((chosen - norms).exp() - 1.0) * (rule.slope(chosen) * scale)
+    logits.copy_((wide - norms).exp() * (rule.slope(wide) * scale))
+    return total, of_targets.to(logits.dtype)
+
+
+def rows_of_chunk(rows: int, most: int) -> int:
+    """Rows of each chunk but the last: as few chunks as may be, nearly even, in multiples of 256 where these fit.
+
+    Args:
+        rows: all of them.
+        most: at once.
+    """
+    chunks = max(1, -(-rows // most))
+    even = max(1, -(-rows // chunks))
+    round_up = -(-even // _TILE) * _TILE
+    return round_up if round_up <= most else even
 
 
 class _LossSum(torch.autograd.Function):
@@ -88,14 +112,17 @@ class _LossSum(torch.autograd.Function):
         for start in range(0, hidden.shape[0], rows_at_once):
             rows, labels = hidden[start : start + rows_at_once], targets[start : start + rows_at_once]
             logits = F.linear(rows, weight, bias)  # [chunk, V]
-            total += each(logits, labels, factor, rule, any(need))
+            part, of_targets = each(logits, labels, factor, rule, any(need))
+            total += part
+            if of_targets is not None:
+                logits.scatter_(1, labels[:, None], of_targets)
             if grads[0] is not None:
                 torch.mm(logits, weight, out=grads[0][start : start + rows_at_once])  # [chunk, E]
             if grads[1] is not None:
                 _add_product(grads[1], logits.T, rows)  # [V, E]
             if grads[2] is not None:
                 grads[2].add_(logits.sum(dim=0, dtype=wide))
-        ctx.grads = tuple(None if grad is None else grad.to(hidden.dtype) for grad in grads)
+        ctx.grads, ctx.dtype = grads, hidden.dtype
         return total
 
     @staticmethod
@@ -104,7 +131,14 @@ class _LossSum(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             raise RuntimeError("the loss's gradients were given away by its first backward: a second one has none")
-        return *(None if each is None else each.mul_(grad.to(each.dtype)) for each in grads), *(None,) * 5
+        return *(None if each is None else _scaled(each, grad, ctx.dtype) for each in grads), *(None,) * 5
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A gradient times what comes from above, in one pass: sums in fp32 are rounded here, once, and not before."""
+    if gradient.dtype == dtype:
+        return gradient.mul_(factor.to(dtype))
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -146,5 +180,5 @@ def chunked_cross_entropy(
     if not torch.is_grad_enabled():
         # Or the function below would make gradients of whatever weight is trained, for nobody.
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-    rows_at_once = max(1, chunk_elements // weight.shape[0])
+    rows_at_once = rows_of_chunk(hidden.shape[0], max(1, chunk_elements // weight.shape[0]))
     return _LossSum.apply(hidden, weight, bias, targets, scale, rule, rows_at_once, each)

@@ -5,14 +5,22 @@ from typing import Any
 
 import pytest
 
-from benchmarks.plan import runs_of
+from benchmarks.ours_side import job_settings
+from benchmarks.plan import LEARNING_RATE, RunSpec, runs_of
 from benchmarks.report import figures, gate, markdown, spread, verdict, waste
 from benchmarks.rows import Row, rows_named
 from benchmarks.stamps import StepClock, host_seconds
+from benchmarks.tokens import Tokens
+from benchmarks.trl_side import sft_arguments
 
 
 def rank(seconds: list[float], **more: Any) -> dict[str, Any]:
-    return {"step_seconds": seconds, "ceiling_before": {"tflops": 700.0}, "ceiling_after": {"tflops": 650.0}, **more}
+    return {
+        "step_seconds": seconds,
+        "ceiling_before": {"tflops": 700.0},
+        "ceiling_after": {"tflops": 650.0, "warm": {"tflops": 600.0}},
+        **more,
+    }
 
 
 def run_of(ranks: list[dict[str, Any]], warmup: int = 1, world: int = 1, **more: Any) -> dict[str, Any]:
@@ -32,6 +40,7 @@ def test_rates_are_per_gpu_after_the_warmup_by_the_slowest_rank() -> None:
     assert found["first_step_seconds"] == 9.0
     assert found["memory"] == {"allocated_gib": 5.0}
     assert found["ceilings_tflops"] == [700.0, 650.0, 700.0, 650.0]
+    assert found["warm_ceilings_tflops"] == [600.0] * 2, "only where it was measured"
 
 
 def test_a_run_that_was_cut_off_counts_with_what_it_left() -> None:
@@ -57,21 +66,49 @@ def test_waste_counts_padding_and_the_busiest_rank() -> None:
     assert waste([[100], [100]], [100], 2) == pytest.approx({"padding": 0.0, "token_imbalance": 0.0})
 
 
+FALLING = [10.0 - 0.1 * step for step in range(20)]
+
+
+def by(relative: float, *steps: int) -> list[float]:
+    """The falling losses, some of them off."""
+    return [value * (1 + relative if step in steps else 1) for step, value in enumerate(FALLING)]
+
+
 @pytest.mark.parametrize(
     ("losses", "passed"),
     [
-        ([10.0] * 20, True),
-        ([10.02] + [10.0] * 19, False),
-        ([10.0] * 10 + [10.04] * 10, True),
-        ([10.0] * 19 + [10.2], False),
+        (FALLING, True),
+        (by(0.0009, 0, 4), True),
+        (by(0.002, 0), False),
+        (by(0.004, *range(5, 20)), True),
+        (by(0.006, 19), False),
+        (by(0.006, 19)[:19], True),
+        ([FALLING[0]] * 20, False),
     ],
 )
 def test_losses_must_be_the_references(losses: list[float], passed: bool) -> None:
-    assert gate(losses, [10.0] * 20, (1e-3, 5e-3))["passed"] is passed
+    assert gate(losses, FALLING, (1e-3, 5e-3))["passed"] is passed
+
+
+def test_a_reference_that_stands_still_proves_nothing() -> None:
+    """The losses that a 7B had at a rate of 1e-5: its first one, at every step, would have passed for all of them."""
+    still = [12.652, 12.642, 12.6445, 12.643, 12.6613, 12.6573, 12.6525, 12.6355, 12.656, 12.636, 12.629, 12.6405]
+    for losses in (still, [still[0]] * 12):
+        found = gate(losses, still, (1e-3, 5e-3))
+        assert found["passed"] is None
+        assert found["why"] == "the reference's losses stand still"
+    assert gate([1.1 * each for each in still], still, (1e-3, 5e-3))["passed"] is False, "what differs is still wrong"
+    assert gate(still, still, (0.02, 0.05), must_move=False)["passed"] is True
+
+
+def test_both_sides_train_at_the_same_rate(tmp_path) -> None:
+    told = {"settings": {}, "token_file": "t/rows.parquet", "model": "m", "out": str(tmp_path), "on_gpu": False}
+    spec = RunSpec(tokens=Tokens(2, 8), steps=2, warmup=1, ranks=1, **told)
+    assert job_settings(spec)["optim"]["lr"] == sft_arguments(spec)["learning_rate"] == LEARNING_RATE
 
 
 def test_no_losses_are_no_pass() -> None:
-    assert gate([], [10.0], (1e-3, 5e-3)) == {"passed": None}
+    assert gate([], [10.0], (1e-3, 5e-3))["passed"] is None
 
 
 def done(row: Row, rates: dict[str, float]) -> list[dict[str, Any]]:
@@ -80,7 +117,11 @@ def done(row: Row, rates: dict[str, float]) -> list[dict[str, Any]]:
     for run in runs_of([row], 4, 1, partners=True, reference=True):
         seconds = 1000.0 / rates.get(f"{run.part} {run.side.name}", rates.get(run.part, 1.0))
         left = rank(
-            [seconds] * 5, tokens=[1000] * 5, flops=[seconds * 1e14] * 5, losses=[9.0] * 5, grad_norms=[1.0] * 5
+            [seconds] * 5,
+            tokens=[1000] * 5,
+            flops=[seconds * 1e14] * 5,
+            losses=[9.0, 8.0, 7.0, 6.0, 5.0],
+            grad_norms=[1.0] * 5,
         )
         record = {**asdict(run), "side": asdict(run.side), "shape": row.shape, "state": "done", "ranks": [left]}
         runs.append({**record, "figures": figures(record)})
@@ -91,11 +132,12 @@ def test_the_fastest_partner_counts_and_a_to_a_is_shown() -> None:
     row = rows_named(["qwen7b_full_2x8192"])[0]
     fast = row.partners[1].name
     runs = done(row, {"A": 150.0, "A'": 130.0, "B": 50.0, f"B {fast}": 100.0})
-    found = verdict(row, runs, 200.0)
+    found = verdict(row, runs, 200.0, 160.0)
     assert found["partner"] == fast
     assert found["ratio_tokens"] == pytest.approx(1.4)
     assert found["a_to_a"] == pytest.approx(20 / 140)
     assert found["of_ceiling"] == pytest.approx(0.5)
+    assert found["of_warm_ceiling"] == pytest.approx(0.625)
     assert found["gate"]["passed"]
     assert found["losses_to_partner"]["passed"]
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sft_job.model.loss import LogitRule, chunked_cross_entropy
+from sft_job.model.loss import LogitRule, chunked_cross_entropy, row_losses, rows_of_chunk
 
 
 def full(hidden, weight, bias, targets, rule):
@@ -159,3 +159,48 @@ def test_evaluation_makes_no_gradients() -> None:
     assert products.shapes == {(3, 11): 2}
     assert loss.grad_fn is None
     assert loss.item() == pytest.approx(expected, rel=1e-13)
+
+
+@pytest.mark.parametrize("rule", [LogitRule(), LogitRule(0.25), LogitRule(0.5, 3.0)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_gradients_of_logits_are_rounded_once_also_at_the_targets(dtype, rule) -> None:
+    """To the bit what one formula over the whole chunk gives; sure rows among them, where 1 - p is nearly nothing."""
+    torch.manual_seed(0)
+    logits, targets = torch.randn(6, 11).mul(3).to(dtype), torch.arange(6)
+    logits[0, 0] = logits[1, 1] = 12.0
+    wide = rule.apply(logits.to(torch.promote_types(dtype, torch.float32)))
+    scale = torch.tensor(1 / 3, dtype=wide.dtype)
+    one_hot = torch.nn.functional.one_hot(targets, 11)
+    wanted = ((wide - wide.logsumexp(1, keepdim=True)).exp() - one_hot) * (rule.slope(wide) * scale)
+    losses = torch.nn.functional.cross_entropy(wide, targets, reduction="sum") * scale
+    total, of_targets = row_losses(logits, targets, scale, rule, True)
+    assert of_targets is not None
+    assert torch.equal(logits.scatter(1, targets[:, None], of_targets), wanted.to(dtype))
+    assert torch.allclose(total, losses, rtol=1e-6)
+
+
+def test_a_factor_in_the_backward_meets_the_heads_sum_before_it_is_rounded() -> None:
+    hidden, weight, _ = inputs(20, torch.bfloat16)
+    targets, factor = torch.arange(20) % 11, torch.tensor(1 / 3)
+    logits = torch.nn.functional.linear(hidden, weight).detach()
+    of_targets = row_losses(logits, targets, torch.tensor(1.0), LogitRule(), True)[1]
+    assert of_targets is not None
+    exact = logits.scatter(1, targets[:, None], of_targets).float().T @ hidden.detach().float()
+    loss = chunked_cross_entropy(hidden, weight, None, targets, LogitRule())
+    found = torch.autograd.grad(loss, weight, factor)[0]
+    assert torch.equal(found, (exact * factor).bfloat16())
+    assert not torch.equal(found, exact.bfloat16() * factor.bfloat16())
+
+
+@given(st.integers(0, 40_000), st.integers(1, 9_000))
+def test_chunks_are_as_few_as_may_be_and_even(rows: int, most: int) -> None:
+    size = rows_of_chunk(rows, most)
+    assert 1 <= size <= most
+    chunks = -(-rows // size)
+    assert chunks <= -(-rows // most), "no more chunks than of the largest size"
+    if size % 256:
+        assert size * chunks - rows < max(1, chunks), "even, where multiples of 256 do not fit"
+
+
+def test_chunks_of_a_7b() -> None:
+    assert rows_of_chunk(16_384, 2**29 // 152_064) == 3_328
