@@ -307,7 +307,7 @@ def build_job(config: JobConfig, runtime: Runtime, stop: StopWish, start: Start,
         longest=config.data.max_length,
         accumulates=accumulates,
     )
-    optimizer = build_optimizer(module, config.optim, runtime.device.type)
+    optimizer = build_optimizer(module, config.optim, runtime.device.type, None if loggers is None else loggers.warning)
     accumulation, summed = build_accumulation(module, fsdp, mesh.fsdp, precision.reduce, runtime.device)
     checkpointer = Checkpointer(
         run,

@@ -12,6 +12,7 @@ from types import FrameType
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from sft_job.contract import STOP_SIGNALS, Env
 from sft_job.deadline import Deadline
@@ -89,6 +90,29 @@ def agree(wish: bool, device: torch.device) -> bool:
     flag = torch.tensor([float(wish)], device=device)
     dist.all_reduce(flag)
     return bool(flag.item())
+
+
+class HostCopy:
+    """Values of a tensor on their way to the host; reading them waits for the copy, not for what is queued after it.
+
+    Args:
+        tensor: of few values.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._copied: torch.cuda.Event | None = None
+        self._values = tensor
+        if tensor.is_cuda:
+            self._values = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._values.copy_(tensor, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(tensor.device))
+
+    def tolist(self) -> list[float]:
+        """The values, once they are there."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._values.tolist()
 
 
 def die_with_parent() -> None:

@@ -23,10 +23,10 @@ from sft_job.evaluate import ValidationLoss
 from sft_job.forensics import BadStep, BadSteps
 from sft_job.metrics.loggers import Loggers
 from sft_job.metrics.meters import StepMeter, source_record, validation_record
-from sft_job.optimizer import gradient_norm, learning_rate, scale_gradients, set_learning_rate
+from sft_job.optimizer import ClippingAdamW, gradient_norm, learning_rate, scale_gradients, set_learning_rate
 from sft_job.parallel.accumulation import Accumulation
 from sft_job.pulse import SAVING, VALIDATING
-from sft_job.runtime import Runtime, StopWish, peak_memory, seed_step
+from sft_job.runtime import HostCopy, Runtime, StopWish, peak_memory, seed_step
 
 AFTER_EACH_EPOCH = "after_each_epoch"
 
@@ -218,18 +218,29 @@ class Trainer:
         lr = self._set_rate(batch.step)
         loss = self.accumulate(batch.micro_batches, batch.num_targets)
         norm = gradient_norm(self._parameters, self._shard_group)
-        flags = torch.cat([loss[None], loss.new_tensor([float(self._stop.wished), *self._checkpointer.flags()])])
+        # From page-locked memory: a copy that the host need not wait for.
+        flags = torch.tensor(
+            [float(self._stop.wished), *self._checkpointer.flags()], dtype=loss.dtype, pin_memory=loss.is_cuda
+        )
+        flags = torch.cat([loss[None], flags.to(loss.device, non_blocking=True)])
         dist.all_reduce(flags)
-        # The step's only wait for the device: loss and norm must be known to be finite before the weights move.
-        total, stops, recovery, saves_over, grad_norm = torch.cat([flags, norm.to(flags)[None]]).tolist()
+        seen = HostCopy(torch.cat([flags, norm.to(flags)[None]]))
+        clip = self._config.optim.clip_grad
+        queued = self._optimizer if isinstance(self._optimizer, ClippingAdamW) else None
+        if queued is not None:
+            # Decided on the device, which so has work while the host waits and prepares the next step.
+            queued.step(loss=flags[0], norm=norm, clip=clip)
+        # The step's only wait for the device.
+        total, stops, recovery, saves_over, grad_norm = seen.tolist()
         bad: BadStep | None = None
-        if math.isfinite(total) and math.isfinite(grad_norm):
-            clip = self._config.optim.clip_grad
+        if not (math.isfinite(total) and math.isfinite(grad_norm)):
+            if queued is not None:
+                queued.take_back()
+            bad = self._not_taken(batch, total, grad_norm)
+        elif queued is None:
             if 0.0 < clip < grad_norm:
                 scale_gradients(self._parameters, clip / grad_norm)
             self._optimizer.step()
-        else:
-            bad = self._not_taken(batch, total, grad_norm)
         self._optimizer.zero_grad()
         return StepResult(total, grad_norm, lr, stops > 0, recovery > 0, saves_over, bad)
 

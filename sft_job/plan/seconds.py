@@ -189,8 +189,9 @@ def step_end(shape: Shape, card: Card, setup: Setup) -> Parts:
     if world > shards:
         copies = world // shards
         reduction += 2 * setup.reduce * trained / shards * (copies - 1) / copies / _collective_rate(card, setup, world)
-    # AdamW reads weight, gradient and two states and writes three of them; the norm reads, clipping reads and writes.
-    moved = width * trained / shards * (8 + 2 * setup.clips)
+    # AdamW reads weight, gradient and two states and writes three of them; the norm reads. Clipping reads
+    # and writes once more in host memory alone.
+    moved = width * trained / shards * (8 + 2 * (setup.clips and setup.offload))
     rate = _HOST_ADAM * _GIGA / setup.ranks.gpus if setup.offload else card.bandwidth * _TERA
     if setup.managed:
         # Into FSDP's buffers in the wider dtype, and back into gradients.
