@@ -25,11 +25,11 @@ def reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sft_job.adamw_kernel", adamw_reference.module())
 
 
-def one_step(optimizer: ClippingAdamW, grad: float = 1.0, **values) -> None:
+def one_step(optimizer: ClippingAdamW, loss: float = 1.0, norm: float = 1.0) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            parameter.grad = torch.full_like(parameter, grad)
-    optimizer.step(**{name: torch.tensor(value) if name != "clip" else value for name, value in values.items()})
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step(loss=torch.tensor(loss), norm=torch.tensor(norm), clip=1.0)
 
 
 def made(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[list[nn.Parameter], ClippingAdamW]:
@@ -54,9 +54,9 @@ def test_the_kernel_is_torchs_under_the_interpreter() -> None:
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (1.0, math.inf), (1.0, math.nan)])
 def test_a_step_that_is_not_taken_changes_nothing_and_does_not_count(loss: float, norm: float) -> None:
     (weights,), optimizer = made((3, 2))
-    one_step(optimizer, loss=1.0, norm=2.0, clip=1.0)
+    one_step(optimizer, loss=1.0, norm=2.0)
     before = [value.clone() for value in (weights, *optimizer.state[weights].values())]
-    one_step(optimizer, loss=loss, norm=norm, clip=1.0)
+    one_step(optimizer, loss=loss, norm=norm)
     optimizer.take_back()
     optimizer.take_back()  # only the last step's count goes
     after = [weights, *optimizer.state[weights].values()]
@@ -70,7 +70,7 @@ def test_hooks_come_once_and_before_the_weights_move() -> None:
     nn_adamw = torch.optim.AdamW([nn.Parameter(torch.ones(1))])  # its step is hooked too, once one of its kind is made
     seen: list[float] = []
     optimizer.register_step_pre_hook(lambda *_: seen.append(weights[0].item()))
-    one_step(optimizer, loss=1.0, norm=1.0)
+    one_step(optimizer)
     assert seen == [1.0]
     assert weights[0].item() != 1.0
     assert not nn_adamw.state
