@@ -6,13 +6,14 @@ from sft_job.checkpoint.state import RunState
 from sft_job.config.schema import JobConfig
 from sft_job.data.mixture import Mixture, Rows, named_caches
 from sft_job.metrics.loggers import Loggers
+from sft_job.model.attention.choose import AttentionChoice
 from sft_job.optimizer import learning_rate
 
 
 def tell_start(
     logger: Loggers,
     config: JobConfig,
-    attention: str,
+    attention: AttentionChoice,
     rows: Rows,
     validation: Rows | None,
     state: RunState,
@@ -30,8 +31,10 @@ def tell_start(
     tokens = int(rows.lengths.sum(dtype="int64"))
     logger.message(
         f"{rows.num_rows:,} training rows, {tokens:,} tokens; validation rows: "
-        f"{validation.num_rows if validation else 0:,}; {attention}"
+        f"{validation.num_rows if validation else 0:,}; {attention.text}"
     )
+    if attention.slow:
+        logger.warning(f"attention: {attention.backend.name} is slow here: {attention.slow}")
     if summed:
         logger.message(summed)
     total = state.total_steps

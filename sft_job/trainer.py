@@ -23,6 +23,7 @@ from sft_job.evaluate import ValidationLoss
 from sft_job.forensics import BadStep, BadSteps
 from sft_job.metrics.loggers import Loggers
 from sft_job.metrics.meters import StepMeter, source_record, validation_record
+from sft_job.model.compilations import compilations, given_up
 from sft_job.optimizer import ClippingAdamW, gradient_norm, learning_rate, scale_gradients, set_learning_rate
 from sft_job.parallel.accumulation import Accumulation
 from sft_job.pulse import SAVING, VALIDATING
@@ -143,6 +144,7 @@ class Trainer:
         self._stop = stop
         self._step_began = time.monotonic()
         self._last_save: SaveTiming | None = None
+        self._told_uncompiled = False
         self.working_on: PackedBatch | None = None
         """The micro-batch that is, or was last, computed on: what a message on memory names."""
 
@@ -286,7 +288,13 @@ class Trainer:
         )
         self._runtime.pulse.beat(step=done)
         self._teach_deadline()
-        self._meter.end_step(tokens=batch.num_tokens, supervised_tokens=batch.num_targets, flops=self._flops(batch))
+        self._meter.end_step(
+            tokens=batch.num_tokens,
+            supervised_tokens=batch.num_targets,
+            flops=self._flops(batch),
+            padding=batch.padding,
+            imbalance=batch.imbalance,
+        )
 
     def _teach_deadline(self) -> None:
         deadline, timing = self._stop.deadline, self._checkpointer.timing
@@ -309,6 +317,10 @@ class Trainer:
             grad_norm=None if result.bad else result.grad_norm,
             peak_bytes=peak_memory(self._runtime.device),
         )
+        record["perf/compilations"] = compilations()
+        if (lost := given_up()) and not self._told_uncompiled:
+            self._told_uncompiled = True
+            self._logger.warning(lost)
         if self._state.skipped_steps:
             record["train/skipped_steps"] = self._state.skipped_steps
         present = {name: source for name, source in self._state.sources.items() if source.data}

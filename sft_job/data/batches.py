@@ -13,9 +13,10 @@ import numpy.typing as npt
 import torch
 
 from sft_job.data.cache import TokenRow
+from sft_job.data.evening import waited
 from sft_job.data.mixture import Rows, SourceCounts, count_sources
 from sft_job.data.order import StepRows
-from sft_job.data.packing import PackSettings, plan_batch
+from sft_job.data.packing import PackSettings, Plan, plan_batch
 
 IGNORED = -100
 """Target where nothing is trained."""
@@ -126,6 +127,8 @@ class StepBatch:
         num_targets: trained tokens of the global batch: the loss's divisor.
         num_tokens: real tokens of the global batch.
         sources: what the global batch takes of each named data set.
+        padding: share of padding in the tokens that all ranks compute on.
+        imbalance: share of time that ranks wait for one another, by the rows' costs.
     """
 
     step: int
@@ -135,6 +138,8 @@ class StepBatch:
     num_targets: int
     num_tokens: int
     sources: Mapping[str, SourceCounts] = field(default_factory=dict[str, SourceCounts])
+    padding: float = 0.0
+    imbalance: float = 0.0
 
 
 class BatchLoader:
@@ -184,6 +189,7 @@ class BatchLoader:
         """One step's batch, made here and now."""
         row_ids = self._order.rows(step)
         plan = plan_batch(self._cache.lengths, row_ids, self._dp_size, self._settings)
+        padding, imbalance = self._waste(plan)
         return StepBatch(
             step=step,
             epoch=self._order.epoch(step),
@@ -192,7 +198,18 @@ class BatchLoader:
             num_targets=int(self._cache.targets[row_ids].sum(dtype=np.int64)),
             num_tokens=int(self._cache.lengths[row_ids].sum(dtype=np.int64)),
             sources=count_sources(self._cache, row_ids),
+            padding=padding,
+            imbalance=imbalance,
         )
+
+    def _waste(self, plan: Plan) -> tuple[float, float]:
+        """Share of padding, and of waiting, in a step of all ranks."""
+        lengths = [[np.asarray(self._cache.lengths[np.array(ids, dtype=np.int64)]) for ids in rank] for rank in plan]
+        real = np.array([[each.sum(dtype=np.int64) for each in rank] for rank in lengths])
+        unit = self._ulysses_size * self._multiple
+        computed = np.maximum(-(-real // unit), 1) * unit
+        costs = np.array([[self._settings.cost(each).sum() for each in rank] for rank in lengths])
+        return float(1 - real.sum() / computed.sum()), waited(costs)
 
     def steps(self, start_step: int, end_step: int) -> Generator[StepBatch, None, None]:
         """Batches of the steps from ``start_step`` up to, not including, ``end_step``.

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sft_job.config.schema import JobConfig
+from sft_job.data.evening import Limits, even_out
 
 Floats = npt.NDArray[np.float64]
 Plan = list[list[list[int]]]
@@ -63,8 +64,9 @@ def plan_batch(
     """Give each row of a global batch to a rank and a micro-batch.
 
     All ranks together work on ``dp_size`` micro-batches at a time, and as few times as the limits allow. The rows go,
-    the costliest first, each to the micro-batch that costs least so far and has room. The micro-batches are then dealt
-    out by their cost: at the same time all ranks work on alike ones, the costliest first, and their sums are alike.
+    the costliest first, each to the micro-batch that costs least so far and has room; then rows move and change places
+    between micro-batches where all ranks would wait less for one another. The micro-batches are dealt out by their
+    cost: at the same time all ranks work on alike ones, the costliest first, and their sums are alike.
 
     Args:
         lengths: tokens of every row, by row id.
@@ -83,13 +85,15 @@ def plan_batch(
     most_rows = 1 if not settings.pack else settings.rows or len(rows)
     if settings.tokens is None:
         num_bins = _round_up(_ceil(len(rows), most_rows), dp_size)
-        bins = _fill(batch_lengths, costs, num_bins, most_rows, int(batch_lengths.sum())) or []
+        full: list[list[int]] = []
     else:
         full = _first_fit(batch_lengths, most_rows, settings.tokens)
         num_bins = _round_up(len(full), dp_size)
-        # Where the budget is so tight that even costs leave no room for some row, the bins filled to the brim stand.
-        bins = _fill(batch_lengths, costs, num_bins, most_rows, settings.tokens) or full
+    limits = Limits(batch_lengths, costs, most_rows, settings.tokens or int(batch_lengths.sum()))
+    # Where the budget is so tight that even costs leave no room for some row, the bins filled to the brim stand.
+    bins = _fill(limits, num_bins) or full
     bins += [[] for _ in range(num_bins - len(bins))]
+    bins = even_out(bins, dp_size, limits)
     return _deal([[int(rows[place]) for place in sorted(places)] for places in bins], _bin_costs(bins, costs), dp_size)
 
 
@@ -116,10 +120,9 @@ def _first_fit(lengths: npt.NDArray[np.int64], most_rows: int, most_tokens: int)
     return bins
 
 
-def _fill(
-    lengths: npt.NDArray[np.int64], costs: Floats, num_bins: int, most_rows: int, most_tokens: int
-) -> list[list[int]] | None:
+def _fill(limits: Limits, num_bins: int) -> list[list[int]] | None:
     """Greedy, longest processing time first; None where a row finds no bin with room. Ties go to the first."""
+    lengths, costs, most_rows, most_tokens = limits.lengths, limits.costs, limits.rows, limits.tokens
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     bin_costs = np.zeros(num_bins)
     bin_rows = np.zeros(num_bins, dtype=np.int64)

@@ -19,6 +19,8 @@ class _Interval:
     steps: int = 0
     tokens: int = 0
     flops: float = 0.0
+    padding: float = 0.0
+    imbalance: float = 0.0
     seconds: float = 0.0
     waited: float = 0.0
 
@@ -71,13 +73,17 @@ class StepMeter:
         finally:
             self._waited += self._clock() - start
 
-    def end_step(self, *, tokens: int, supervised_tokens: int, flops: float) -> None:
+    def end_step(
+        self, *, tokens: int, supervised_tokens: int, flops: float, padding: float = 0.0, imbalance: float = 0.0
+    ) -> None:
         """The step is over.
 
         Args:
             tokens: real tokens of the global batch, prompts included, padding not.
             supervised_tokens: tokens with a loss in the global batch.
             flops: model FLOPs of the global batch, see ``flops.model_flops``.
+            padding: share of padding in the tokens computed on.
+            imbalance: share of time that ranks wait for one another, by the rows' estimated costs.
 
         Raises:
             RuntimeError: no step was begun.
@@ -90,6 +96,8 @@ class StepMeter:
         self._interval.steps += 1
         self._interval.tokens += tokens
         self._interval.flops += flops
+        self._interval.padding += padding
+        self._interval.imbalance += imbalance
         self.tokens += tokens
         self.supervised_tokens += supervised_tokens
 
@@ -134,6 +142,8 @@ class StepMeter:
             "perf/mfu": flops_per_second / self._peak_flops if self._peak_flops else None,
             "perf/step_seconds": interval.seconds / interval.steps,
             "perf/data_wait_seconds": interval.waited / interval.steps,
+            "data/padding_fraction": interval.padding / interval.steps,
+            "data/cost_imbalance": interval.imbalance / interval.steps,
             "memory/peak_gib": None if peak_bytes is None else peak_bytes / GIB,
         }
 

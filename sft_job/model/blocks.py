@@ -17,7 +17,7 @@ from torch import nn
 from sft_job.config.schema import ModelConfig
 from sft_job.model.attention.call import Backend
 from sft_job.model.offload import InputStore
-from sft_job.model.recompute import BlockForward, Recompute, draws_random_numbers, recomputing
+from sft_job.model.recompute import BlockForward, Recompute, draws_random_numbers, own_code, recomputing
 from sft_job.model.tiled import TILE_ELEMENTS, dense_mlp, tile_tokens, tiled, widest
 
 INDUCTOR = "inductor"
@@ -53,7 +53,12 @@ class Blocks:
         self._tiles = [0 if mlp is None else tile_tokens(mlp, tile_elements) for mlp in self._mlps]
         self._widths = [0 if mlp is None else widest(mlp) for mlp in self._mlps]
         self._tiled: dict[tuple[type[nn.Module], int], type[nn.Module]] = {}
-        self._plain: list[BlockForward] = [type(block).forward for block in self._blocks]
+        # torch.compile counts compilations by code object, up to a limit: kinds of layers must not share one.
+        kinds = [(type(block), _windows(block)) for block in self._blocks]
+        forwards = {
+            kind: own_code(kind[0].forward, f"forward_{index}") for index, kind in enumerate(dict.fromkeys(kinds))
+        }
+        self._plain: list[BlockForward] = [forwards[kind] for kind in kinds]
         self._ops = backend.saved
         self._rng = any(draws_random_numbers(block) for block in self._blocks)
         self._compiled = compiled
@@ -148,6 +153,13 @@ class Blocks:
         kind = Recompute.FULL if recompute is Recompute.OFFLOAD else recompute
         forward = recomputing(compiled, kind, self._ops, self._rng)
         return self.store.around(forward, moves=recompute is Recompute.OFFLOAD)
+
+
+def _windows(block: nn.Module) -> tuple[str, ...]:
+    """What layers of one class can differ by: how far their attention looks back."""
+    return tuple(
+        str(getattr(part, "sliding_window", None)) for part in block.modules() if hasattr(part, "sliding_window")
+    )
 
 
 def maybe_compiled(function: Any, compiled: bool = True, compiler: str = INDUCTOR) -> Any:

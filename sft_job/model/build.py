@@ -16,7 +16,7 @@ from sft_job.config.schema import ModelConfig
 from sft_job.config.shares import holds_frozen
 from sft_job.data.shm import to_shm
 from sft_job.model.attention.call import Needs
-from sft_job.model.attention.choose import choose_backend
+from sft_job.model.attention.choose import AttentionChoice, choose_backend
 from sft_job.model.attention.packed import PACKED, register_packed_attention
 from sft_job.model.blocks import Blocks, compiles, first_plan, maybe_compiled
 from sft_job.model.causal_lm import CausalLMLoss
@@ -42,7 +42,7 @@ def build_model(
     load: bool,
     longest: int = 0,
     accumulates: bool = True,
-) -> tuple[CausalLMLoss, str]:
+) -> tuple[CausalLMLoss, AttentionChoice]:
     """Build, shard and fill the model (a collective call).
 
     Args:
@@ -57,7 +57,7 @@ def build_model(
         accumulates: a step may have several micro-batches.
 
     Returns:
-        The module whose forward is the loss sum, in training mode, and a line for the log on the attention backend.
+        The module whose forward is the loss sum, in training mode, and which attention backend it has, with the reason.
 
     Raises:
         JobError: 2 where the model needs what this job does not offer, 66 where its weights cannot be read.
@@ -66,7 +66,8 @@ def build_model(
     folder = Path(config.partial_pretrain)
     adapters = lora_config(config) if uses_lora(config) else None
     hf_config = check_architecture(config)
-    backend, why = choose_backend(attention_needs(hf_config, device, precision.compute, longest), config.attention)
+    attention = choose_backend(attention_needs(hf_config, device, precision.compute, longest), config.attention)
+    backend = attention.backend
     lm = empty_model(hf_config, config, precision.storage)
     if adapters is not None:
         add_adapters(lm, adapters, torch.promote_types(precision.storage, torch.float32))
@@ -101,7 +102,7 @@ def build_model(
             load_adapters(lm, Path(config.lora_adapter_path))
         else:
             draw_adapters(lm, seed)
-    return module.train(), why
+    return module.train(), attention
 
 
 def _whole_frozen(

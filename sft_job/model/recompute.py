@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import StrEnum
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -50,7 +51,16 @@ def recomputing(forward: BlockForward, recompute: Recompute, attention_ops: froz
     def run(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return checkpoint(forward, block, *args, **options, **kwargs)
 
-    return run
+    # torch.compile counts compilations by code object, up to a limit: levels must not share one.
+    return own_code(run, f"run_{recompute}")
+
+
+def own_code(function: Any, name: str) -> BlockForward:
+    """The same function with a code object of its own."""
+    code = function.__code__.replace(co_name=name)
+    copied = FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
 
 
 def _keep_attention(

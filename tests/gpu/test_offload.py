@@ -56,7 +56,7 @@ def _module(plan: str, *, compiled: bool) -> Any:
     )  # fmt: skip
     with device:
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=PACKED)
-    backend, _ = choose_backend(attention_needs(config, device, torch.bfloat16, TOKENS))
+    backend = choose_backend(attention_needs(config, device, torch.bfloat16, TOKENS)).backend
     # Pieces of 8,192 tokens, so that this size has some.
     store = InputStore(device)
     blocks = Blocks(decoder_blocks(lm), backend, compiled=compiled, store=store, tile_elements=8192 * INNER)

@@ -57,6 +57,15 @@ def test_costs_are_those_of_the_models_flops(tmp_path, model) -> None:
         assert settings.cost(np.array([length]))[0] == pytest.approx(flops / linear, rel=1e-9)
 
 
+def test_with_lora_a_tokens_other_work_is_two_thirds(tmp_path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN_7B))
+    config = JobConfig()
+    config.model.partial_pretrain = str(tmp_path)
+    plain = packing_of(config).quadratic
+    config.model.lora_rank = 8
+    assert packing_of(config).quadratic == pytest.approx(1.5 * plain)
+
+
 def test_where_the_sizes_are_not_told_the_cost_is_a_common_one(tmp_path) -> None:
     assert settings_of(tmp_path, None) == settings_of(tmp_path, {"model_type": "x"}) == PackSettings(rows=4)
 

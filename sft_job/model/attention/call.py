@@ -74,6 +74,7 @@ class Backend:
         lacks: the reason why it cannot serve these needs, None where it can.
         traced: torch.compile may look into ``attend``: it reads no document's length, and calls registered ops.
         saved: names of the ops whose results selective recomputation keeps.
+        note: what its users should know, said in the log.
         slow_on: the reason why a device with these needs should have a faster one; None = it is right there.
     """
 
@@ -82,6 +83,7 @@ class Backend:
     lacks: Callable[[Needs], str | None]
     traced: bool = False
     saved: frozenset[str] = frozenset()
+    note: str = ""
     slow_on: Callable[[Needs], str | None] = lambda needs: None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from sft_job.contract import ExitCode
 from sft_job.errors import JobError
@@ -17,6 +18,7 @@ from sft_job.model.attention.flash import (
     flash4,
     flash4_lacks,
     slow_after_ampere,
+    slow_beside_flash4,
     torch_varlen,
     torch_varlen_lacks,
 )
@@ -28,8 +30,15 @@ _SDPA_OPS = frozenset(
 
 BACKENDS: tuple[Backend, ...] = (
     Backend("flash4", flash4, flash4_lacks, traced=True, saved=frozenset({FLASH4_OP})),
-    Backend("cudnn", cudnn, cudnn_lacks, saved=_SDPA_OPS),
-    Backend("flash2", flash2, flash2_lacks, saved=frozenset({FLASH2_OP}), slow_on=slow_after_ampere),
+    Backend("cudnn", cudnn, cudnn_lacks, saved=_SDPA_OPS, slow_on=slow_beside_flash4),
+    Backend(
+        "flash2",
+        flash2,
+        flash2_lacks,
+        saved=frozenset({FLASH2_OP}),
+        slow_on=slow_after_ampere,
+        note="by its own interface; never run by this project's authors",
+    ),
     Backend(
         "torch_varlen",
         torch_varlen,
@@ -45,8 +54,22 @@ BACKENDS: tuple[Backend, ...] = (
 AUTO = "auto"
 
 
-def choose_backend(needs: Needs, name: str = AUTO, backends: Sequence[Backend] = BACKENDS) -> tuple[Backend, str]:
-    """The first backend that offers all that is needed, and a line for the log that says why.
+class AttentionChoice(NamedTuple):
+    """Which backend a model gets.
+
+    Attributes:
+        backend: the one.
+        text: a line for the log that says why.
+        slow: why this card should have a faster one; empty where it is right, or was asked for by name.
+    """
+
+    backend: Backend
+    text: str
+    slow: str
+
+
+def choose_backend(needs: Needs, name: str = AUTO, backends: Sequence[Backend] = BACKENDS) -> AttentionChoice:
+    """The first backend that offers all that is needed, and why.
 
     Args:
         needs: of the model, its data and its device.
@@ -63,9 +86,9 @@ def choose_backend(needs: Needs, name: str = AUTO, backends: Sequence[Backend] =
         reason = backend.lacks(needs)
         if reason is None:
             why = "as set" if name != AUTO else "; ".join(passed)
-            slow = backend.slow_on(needs)
-            text = f"attention: {backend.name}" + (f" ({why})" if why else "")
-            return backend, text + (f"\n    warning: slow: {slow}" if slow and name == AUTO else "")
+            reasons = "; ".join(part for part in (why, backend.note) if part)
+            text = f"attention: {backend.name}" + (f" ({reasons})" if reasons else "")
+            return AttentionChoice(backend, text, (backend.slow_on(needs) or "") if name == AUTO else "")
         passed.append(f"{backend.name}: {reason}")
     asked = "" if name == AUTO else f"model.attention = {name!r}: "
     raise JobError(ExitCode.CONFIG, f"{asked}no attention backend serves this model: {'; '.join(passed)}")

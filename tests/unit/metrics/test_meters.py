@@ -18,6 +18,8 @@ FIELDS = [
     "perf/mfu",
     "perf/step_seconds",
     "perf/data_wait_seconds",
+    "data/padding_fraction",
+    "data/cost_imbalance",
     "memory/peak_gib",
 ]
 
@@ -37,7 +39,7 @@ def one_step(meter: StepMeter, clock: Clock, seconds: float, wait: float, tokens
     with meter.waiting_for_data():
         clock.now += wait
     clock.now += seconds - wait
-    meter.end_step(tokens=tokens, supervised_tokens=tokens // 2, flops=flops)
+    meter.end_step(tokens=tokens, supervised_tokens=tokens // 2, flops=flops, padding=0.25, imbalance=0.5)
 
 
 def record(meter: StepMeter, step: int = 1, peak_bytes: int | None = None):
@@ -63,6 +65,8 @@ def test_one_step() -> None:
         "perf/mfu": 0.5,
         "perf/step_seconds": 2.0,
         "perf/data_wait_seconds": 0.5,
+        "data/padding_fraction": 0.25,
+        "data/cost_imbalance": 0.5,
         "memory/peak_gib": 3.0,
     }
 

@@ -64,7 +64,7 @@ def test_equals_one_masked_attention(backend, window, softcap, kv_heads) -> None
 
 
 def test_the_choice_says_what_was_passed_over() -> None:
-    backend, why = choose_backend(Needs("cpu", torch.float32, 64, softcap=True))
+    backend, why, _ = choose_backend(Needs("cpu", torch.float32, 64, softcap=True))
     assert backend.name == "eager"
     assert "torch_varlen: CUDA only" in why
     assert "sdpa: no logit soft cap" in why
@@ -92,9 +92,9 @@ def installed(monkeypatch: pytest.MonkeyPatch):
     return install
 
 
-def chosen(capability: tuple[int, int], longest: int, **more: Any) -> tuple[str, str]:
-    backend, text = choose_backend(Needs("cuda", torch.bfloat16, 128, capability=capability, longest=longest, **more))
-    return backend.name, text
+def chosen(capability: tuple[int, int], longest: int, **more: Any) -> tuple[str, str, str]:
+    found = choose_backend(Needs("cuda", torch.bfloat16, 128, capability=capability, longest=longest, **more))
+    return found.backend.name, found.text, found.slow
 
 
 @pytest.mark.parametrize(("capability", "packages", "longest", "name", "slow"), [
@@ -102,7 +102,8 @@ def chosen(capability: tuple[int, int], longest: int, **more: Any) -> tuple[str,
     (AMPERE, (FLASH2,), 32768, "flash2", False),
     (AMPERE, (FLASH4, FLASH2), 512, "flash2", False),
     (HOPPER, (FLASH4, FLASH2), 512, "flash4", False),
-    (HOPPER, (), 4096, "cudnn", False),
+    (HOPPER, (), 4096, "cudnn", True),
+    (BLACKWELL, (), 4096, "cudnn", True),
     (HOPPER, (), 4095, "torch_varlen", True),
     (HOPPER, (FLASH2,), 2048, "flash2", True),
     (BLACKWELL, (FLASH4,), 32768, "flash4", False),
@@ -110,9 +111,18 @@ def chosen(capability: tuple[int, int], longest: int, **more: Any) -> tuple[str,
 ])  # fmt: skip
 def test_the_choice_by_card_and_packages(installed, capability, packages, longest, name, slow) -> None:
     installed(*packages)
-    found, text = chosen(capability, longest)
+    found, text, why_slow = chosen(capability, longest)
     assert found == name
-    assert ("warning: slow: " in text and "pip install 'sft_job[fa4]'" in text) is slow
+    assert ("pip install 'sft_job[fa4]'" in why_slow) is bool(why_slow) is slow
+    assert ("never run by this project's authors" in text) is (name == "flash2")
+
+
+def test_a_package_that_is_there_is_not_advised(installed) -> None:
+    installed(FLASH4, FLASH2)
+    found, _, slow = chosen(HOPPER, 8192, dropout=True)
+    assert found == "flash2"
+    assert "twice as much" in slow
+    assert "install" not in slow
 
 
 @pytest.mark.parametrize(("more", "name"), [
@@ -124,7 +134,7 @@ def test_what_a_model_needs_rules_backends_out(installed, more, name) -> None:
     assert chosen(HOPPER, 8192, **more)[0] == name
     installed()
     plain = "eager" if "softcap" in more else "sdpa"
-    found, text = chosen(HOPPER, 8192, **more)
+    found, text, _ = chosen(HOPPER, 8192, **more)
     assert found == plain
     assert "flash4: " in text
     assert f"cudnn: no {next(iter(more))}" in text
@@ -135,7 +145,7 @@ def test_what_a_model_needs_rules_backends_out(installed, more, name) -> None:
 ])  # fmt: skip
 def test_shapes_that_kernels_cannot_do(installed, head_dim, dtype, shown) -> None:
     installed(FLASH4, FLASH2)
-    backend, text = choose_backend(Needs("cuda", dtype, head_dim, capability=HOPPER, longest=8192))
+    backend, text, _ = choose_backend(Needs("cuda", dtype, head_dim, capability=HOPPER, longest=8192))
     assert backend.name == "sdpa"
     assert text.count(shown) == 4
 
@@ -144,8 +154,8 @@ def test_a_backend_by_name(installed) -> None:
     """It is taken or refused, never replaced; whoever named it needs no warning."""
     installed()
     hopper = Needs("cuda", torch.bfloat16, 128, capability=HOPPER, longest=8192)
-    backend, text = choose_backend(hopper, "sdpa")
-    assert (backend.name, text) == ("sdpa", "attention: sdpa (as set)")
+    backend, text, slow = choose_backend(hopper, "sdpa")
+    assert (backend.name, text, slow) == ("sdpa", "attention: sdpa (as set)", "")
     for name, why in (("flash4", "the package flash-attn-4 is not installed"), ("flash2", "flash-attn is not")):
         with pytest.raises(JobError, match=rf"model.attention = '{name}': no attention backend .*{why}") as caught:
             choose_backend(hopper, name)
