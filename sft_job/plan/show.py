@@ -13,6 +13,7 @@ from rich.text import Text
 from sft_job.metrics.console import duration
 from sft_job.plan.activations import ATTENTION, FULL, NONE, OFFLOAD
 from sft_job.plan.estimate import FITS, MARGIN, TIGHT, Estimate
+from sft_job.plan.footprint import STATE_COPY
 from sft_job.plan.prices import Case, Price, Remedy
 from sft_job.plan.setup import GIB
 from sft_job.plan.shape import KNOWN
@@ -75,6 +76,8 @@ def _memory_record(found: Estimate) -> dict[str, Any]:
         "usable": _gib(found.usable),
         "margin": MARGIN,
         "parts": {name: _gib(size) for name, size in memory.parts.items()},
+        "host": _gib(memory.host_bytes),
+        "host_room": None if found.setup.ranks.host is None else _gib(found.setup.ranks.host),
         "host_per_node": {name: _gib(size) for name, size in memory.host.items()},
     }
 
@@ -165,6 +168,7 @@ def _verdict(found: Estimate, remedy: Remedy | None, longest: int | None) -> Tex
     if found.setup.recompute == "auto" and found.least < 0.98 * peak:
         text.append(f"; {found.least / GIB:.1f} GiB with the most recomputed")
     text.append(f"\n{FITS} = {MARGIN:.0%} of the memory stays free even so; {TIGHT} = less than that does")
+    text.append(f"\n{_host_text(found)}")
     if longest is not None:
         text.append(f"\na document of up to about {longest:,} tokens fits with these settings, alone in a micro-batch")
     if found.verdict != FITS:
@@ -178,12 +182,29 @@ def _verdict(found: Estimate, remedy: Remedy | None, longest: int | None) -> Tex
     return text
 
 
+def _host_text(found: Estimate) -> str:
+    """What the verdict takes of a node's host memory, which the run ends by as well."""
+    memory, room = found.memory, found.setup.ranks.host
+    text = f"needs {memory.host_bytes / GIB:.1f} GiB of host memory on a node"
+    if room is not None:
+        text += f", of {room / GIB:.1f}"
+    elif STATE_COPY in memory.host:
+        text += (
+            f"; {(memory.host_bytes - memory.host[STATE_COPY]) / GIB:.1f} without a copy of the state for checkpoints"
+        )
+    if found.host_least > memory.host_bytes:
+        text += f"; {found.host_least / GIB:.1f} with the most recomputed"
+    if found.setup.stages and STATE_COPY not in memory.host:
+        text += "; checkpoints are saved without a copy of the state, for which there is no room"
+    return text if room is not None else f"{text} (--host-memory makes it part of the verdict)"
+
+
 def _remedy_text(remedy: Remedy) -> str:
     found = remedy.found
     parts = [f"{found.memory.peak / GIB:.1f} GiB"]
     if found.step is not None:
         parts.append(f"{found.step.seconds:.2f} s a step")
-    parts.append(f"{sum(found.memory.host.values()) / GIB:.0f} GiB of host memory on a node")
+    parts.append(f"{found.memory.host_bytes / GIB:.0f} GiB of host memory on a node")
     return "; ".join([", ".join(parts), *filter(None, [remedy.note])])
 
 
@@ -208,7 +229,7 @@ def _host_table(found: Estimate) -> Table:
     table = _table("host memory of a node", "", "GiB")
     for name, size in found.memory.host.items():
         table.add_row(name, f"{size / GIB:.1f}")
-    table.add_row("all", f"{sum(found.memory.host.values()) / GIB:.1f}", style="bold")
+    table.add_row("all", f"{found.memory.host_bytes / GIB:.1f}", style="bold")
     return table
 
 
