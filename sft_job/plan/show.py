@@ -12,12 +12,14 @@ from rich.text import Text
 
 from sft_job.metrics.console import duration
 from sft_job.plan.activations import ATTENTION, FULL, NONE, OFFLOAD
-from sft_job.plan.estimate import FITS, MARGIN, TIGHT, Estimate
+from sft_job.plan.estimate import FITS, MARGIN, TIGHT, TOO_LARGE, Estimate
 from sft_job.plan.footprint import STATE_COPY
 from sft_job.plan.prices import Case, Price, Remedy
 from sft_job.plan.setup import GIB
 from sft_job.plan.shape import KNOWN
 
+_WIDE = 150
+"""Columns from which tables stand beside each other."""
 _STYLES = {FITS: "bold green", TIGHT: "bold yellow"}
 _LEVELS = {NONE: "nothing", ATTENTION: "all but attention", FULL: "all", OFFLOAD: "all, inputs in host memory"}
 _SUMS = {False: ", whole on each rank", True: ", in each rank's shard alone"}
@@ -117,11 +119,17 @@ def show_plan(
     facts.add_row("verdict", _verdict(found, remedy, longest))
     console.print(facts)
     console.print()
-    both = Table.grid(padding=(0, 5))
-    both.add_row(_memory_table(found), _host_table(found), _time_table(case, found))
-    console.print(both)
-    console.print()
-    console.print(_price_table(case, found, changes))
+    tables = (_memory_table(found), _host_table(found), _time_table(case, found))
+    if console.width < _WIDE:
+        for table in tables:
+            console.print(table)
+            console.print()
+    else:
+        both = Table.grid(padding=(0, 5))
+        both.add_row(*tables)
+        console.print(both)
+        console.print()
+    console.print(_price_table(case, found, changes, short=console.width < _WIDE))
     for note in notes:
         console.print(f"note: {note}", markup=False, style="dim")
 
@@ -250,18 +258,19 @@ def _time_table(case: Case, found: Estimate) -> Table:
     return table
 
 
-def _price_table(case: Case, found: Estimate, changes: list[Price]) -> Table:
+def _price_table(case: Case, found: Estimate, changes: list[Price], *, short: bool) -> Table:
     """Peaks, and the least that a run can get along with: where auto chooses, the first fills what there is."""
-    columns = ("setting", "peak GiB", "least GiB", "", "s a step", "", "")
-    table = _table("what a change costs, each by itself", *columns)
+    columns = ("setting", *(("peak", "least", "") if short else ("peak GiB", "least GiB", "")), "s a step", "", "")
+    table = _table(f"what a change costs, each by itself{' (peak and least in GiB)' if short else ''}", *columns)
     assert found.step is not None
-    table.add_row("as it is", *_price_cells(found, found), style="bold")
+    table.add_row("as it is", *_price_cells(found, found, short=short), style="bold")
     for price in changes:
-        table.add_row(price.words(), *_price_cells(found, price.found))
+        words = " ".join(word.rpartition(".")[2] for word in price.words().split()) if short else price.words()
+        table.add_row(words, *_price_cells(found, price.found, short=short))
     return table
 
 
-def _price_cells(found: Estimate, other: Estimate) -> list[str | Text]:
+def _price_cells(found: Estimate, other: Estimate, *, short: bool) -> list[str | Text]:
     assert found.step is not None
     assert other.step is not None
     memory, least = other.memory.peak / GIB, other.least / GIB
@@ -269,7 +278,8 @@ def _price_cells(found: Estimate, other: Estimate) -> list[str | Text]:
     same = other is found
     cells += ["" if same else f"{least - found.least / GIB:+.1f}", f"{other.step.seconds:.2f}"]
     cells.append("" if same else f"{other.step.seconds / found.step.seconds - 1:+.0%}")
-    return [*cells, Text(other.verdict, _STYLES.get(other.verdict, "bold red"))]
+    verdict = "too large" if short and other.verdict == TOO_LARGE else other.verdict
+    return [*cells, Text(verdict, _STYLES.get(other.verdict, "bold red"))]
 
 
 def _trained(case: Case, found: Estimate) -> int:
