@@ -17,7 +17,7 @@ from sft_job.config.topology import count_gpus
 from sft_job.contract import Env, ExitCode
 from sft_job.data.shm import available_memory
 from sft_job.errors import Problem, ProblemsError, raise_problems
-from sft_job.plan.cards import Card, find_card
+from sft_job.plan.cards import Card, card_like, find_card
 from sft_job.plan.estimate import FITS, TOO_LARGE, Rows
 from sft_job.plan.prices import Case, longest_that_fits, prices, smallest_change
 from sft_job.plan.setup import GIB, Ranks
@@ -115,8 +115,7 @@ def _host(options: PlanOptions, card: Card) -> float | None:
     if options.host is not None:
         return options.host * GIB
     here = _card_here()
-    found = find_card(here) if here else None
-    if not isinstance(found, Card) or found.name != card.name:
+    if here is None or card_like(here).name != card.name:
         return None
     return available_memory(Path("/proc/meminfo"), Path("/sys/fs/cgroup"))
 
@@ -128,6 +127,13 @@ def _card(options: PlanOptions, problems: list[Problem]) -> tuple[Card | None, l
         name = _UNNAMED
         notes.append(f"no card was named (--gpu) and none is here: planned for {name}")
     card = find_card(name)
+    if isinstance(card, Problem) and options.gpu is None:
+        # Nobody asked for it: it is merely here.
+        card = card_like(name)
+        notes.append(
+            f"there are no figures for {name}: planned as {card.title} with {options.memory or card.memory:.1f} GiB; "
+            "--gpu and --gpu-memory tell better"
+        )
     if isinstance(card, Problem):
         problems.append(card)
         return None, notes

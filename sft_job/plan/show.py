@@ -260,9 +260,10 @@ def _time_table(case: Case, found: Estimate) -> Table:
 
 def _price_table(case: Case, found: Estimate, changes: list[Price], *, short: bool) -> Table:
     """Peaks, and the least that a run can get along with: where auto chooses, the first fills what there is."""
-    columns = ("setting", *(("peak", "least", "") if short else ("peak GiB", "least GiB", "")), "s a step", "", "")
+    columns = ("setting", *(("peak", "least") if short else ("peak GiB", "least GiB", "")), "s a step", "", "")
     table = _table(f"what a change costs, each by itself{' (peak and least in GiB)' if short else ''}", *columns)
     assert found.step is not None
+    table.columns[-1].no_wrap = True
     table.add_row("as it is", *_price_cells(found, found, short=short), style="bold")
     for price in changes:
         words = " ".join(word.rpartition(".")[2] for word in price.words().split()) if short else price.words()
@@ -276,7 +277,9 @@ def _price_cells(found: Estimate, other: Estimate, *, short: bool) -> list[str |
     memory, least = other.memory.peak / GIB, other.least / GIB
     cells: list[str | Text] = [f"{memory:.1f}", f"{least:.1f}"]
     same = other is found
-    cells += ["" if same else f"{least - found.least / GIB:+.1f}", f"{other.step.seconds:.2f}"]
+    if not short:
+        cells.append("" if same else f"{least - found.least / GIB:+.1f}")
+    cells += [f"{other.step.seconds:.2f}"]
     cells.append("" if same else f"{other.step.seconds / found.step.seconds - 1:+.0%}")
     verdict = "too large" if short and other.verdict == TOO_LARGE else other.verdict
     return [*cells, Text(verdict, _STYLES.get(other.verdict, "bold red"))]
