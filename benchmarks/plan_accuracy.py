@@ -114,7 +114,8 @@ def chosen_levels(said: Sequence[str]) -> list[str] | None:
     for line in said:
         found = re.search(r"recomputation of \d+ blocks: (.*); peak", line)
         if found:
-            counts = [part.partition(" ") for part in found[1].split(", ")]
+            # Their texts have commas of their own: a number begins each.
+            counts = [part.partition(" ") for part in re.split(r", (?=\d)", found[1])]
             by_level = {_LEVELS[text]: int(count) for count, _, text in counts}
             return [level for level in (OFFLOAD, FULL, ATTENTION, NONE) for _ in range(by_level.get(level, 0))]
     return None

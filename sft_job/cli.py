@@ -132,6 +132,9 @@ def plan(
     memory: Annotated[
         float | None, typer.Option("--gpu-memory", min=1, help="GiB that tensors can have, instead of the card's.")
     ] = None,
+    host: Annotated[
+        float | None, typer.Option("--host-memory", min=1, help="GiB of memory of each node; default: as here.")
+    ] = None,
     length: Annotated[
         int | None, typer.Option("--length", min=1, help="Tokens of every row, instead of the data's own.")
     ] = None,
@@ -144,7 +147,7 @@ def plan(
     from sft_job.plan.command import PlanOptions, plan_job  # noqa: PLC0415  a command loads only what it needs
 
     config, overrides = split_settings(settings)
-    raise typer.Exit(plan_job(config, overrides, os.environ, PlanOptions(gpus, nodes, gpu, memory, length, json)))
+    raise typer.Exit(plan_job(config, overrides, os.environ, PlanOptions(gpus, nodes, gpu, memory, length, json, host)))
 
 
 @app.command()

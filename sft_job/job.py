@@ -157,8 +157,13 @@ class Job:
         blocks = self.host.blocks_within(host_room()) if self.module.blocks.can_offload else 0
         return min(on_every_rank(lambda: blocks))
 
+    @property
+    def _ranks(self) -> Ranks:
+        here = self.host.ranks
+        return Ranks(here, max(1, self.runtime.world // here))
+
     def _for_plan(self, batch: PackedBatch) -> tuple[JobConfig, dict[str, Any], Ranks, tuple[int, ...]]:
-        return self.config, self.module.lm.config.to_dict(), Ranks(self.runtime.world), batch.document_lengths
+        return self.config, self.module.lm.config.to_dict(), self._ranks, batch.document_lengths
 
     def _planned_remedy(self, batch: PackedBatch | None) -> str:
         """The smallest change that fits by the plan; a fault in it must not hide what went wrong."""
@@ -170,6 +175,7 @@ class Job:
                     usable,
                     accumulates=len(self.longest) > 1,
                     sums_shards=self.trainer.accumulation.shard_alone,
+                    host=host_room(),
                 )
         return ""
 

@@ -39,7 +39,14 @@ class Resolution:
     warnings: list[str]
 
 
-def resolve(config_arg: str | None, overrides: Sequence[str], environ: Mapping[str, str], gpu_count: int) -> Resolution:
+def resolve(
+    config_arg: str | None,
+    overrides: Sequence[str],
+    environ: Mapping[str, str],
+    gpu_count: int,
+    *,
+    need_weights: bool = True,
+) -> Resolution:
     """Load and check the settings of a run against its topology and model; collects problems and raises none.
 
     Args:
@@ -47,6 +54,7 @@ def resolve(config_arg: str | None, overrides: Sequence[str], environ: Mapping[s
         overrides: ``key=value`` from the command line.
         environ: environment variables.
         gpu_count: GPUs of this node, from ``count_gpus``.
+        need_weights: the model's folder must have its weights, where they are not drawn at random.
     """
     loaded = load_config(config_arg, overrides, environ)
     topology, topology_problems = read_topology(environ, gpu_count)
@@ -61,8 +69,8 @@ def resolve(config_arg: str | None, overrides: Sequence[str], environ: Mapping[s
             faulty |= {"ulysses_sequence_parallel_size", "model.fsdp_config.fsdp_size"}
         path = loaded.config.model.partial_pretrain
         if path and _MODEL not in faulty:
-            need_weights = loaded.config.model.init != "random"
-            model, model_problems = read_model_folder(path, loaded.origin(_MODEL), need_weights)
+            needed = need_weights and loaded.config.model.init != "random"
+            model, model_problems = read_model_folder(path, loaded.origin(_MODEL), needed)
             problems.extend(model_problems)
         found, warnings = validate(loaded.config, topology, model, loaded.origin)
         found = [*_missing(loaded), *found]

@@ -80,6 +80,11 @@ def _attention(shape: Shape, setup: Setup) -> float:
 
 
 def _compiled(shape: Shape, setup: Setup) -> float:
+    return _compiled_around(shape, setup) + _compiled_mlp(shape, setup)
+
+
+def _compiled_around(shape: Shape, setup: Setup) -> float:
+    """What a compiled block keeps besides its MLP."""
     size = setup.compute
     total = 2.0 * size * shape.hidden  # the residual stream before attention and before the MLP
     total += shape.norms * _STATISTIC
@@ -87,12 +92,25 @@ def _compiled(shape: Shape, setup: Setup) -> float:
     total += _attention(shape, setup)
     if shape.qk_norm:
         total += size * (shape.queries + shape.keys) + _STATISTIC * (shape.heads + shape.kv_heads)
-    reads = {linear.reads for linear in shape.linears if not linear.name.startswith("mlp.") and _read(setup, linear)}
-    total += size * shape.hidden * ("normed" in reads)
-    total += 2 * size * shape.intermediate  # gate and up
-    mlp = {linear.reads for linear in shape.linears if linear.name.startswith("mlp.") and _read(setup, linear)}
-    total += size * (shape.hidden * ("normed" in mlp) + shape.intermediate * ("activated" in mlp))
-    return total + size * setup.rank * len(setup.adapters)
+    reads = {linear.reads for linear in shape.linears if not _in_mlp(linear) and _read(setup, linear)}
+    return total + size * shape.hidden * ("normed" in reads) + _adapters(setup, in_mlp=False)
+
+
+def _compiled_mlp(shape: Shape, setup: Setup) -> float:
+    size = setup.compute
+    reads = {linear.reads for linear in shape.linears if _in_mlp(linear) and _read(setup, linear)}
+    total = 2 * size * shape.intermediate  # gate and up
+    total += size * (shape.hidden * ("normed" in reads) + shape.intermediate * ("activated" in reads))
+    return total + _adapters(setup, in_mlp=True)
+
+
+def _in_mlp(linear: Linear) -> bool:
+    return linear.name.startswith("mlp.")
+
+
+def _adapters(setup: Setup, *, in_mlp: bool) -> float:
+    """Results of the adapters' first products."""
+    return float(setup.compute * setup.rank * sum(_in_mlp(linear) == in_mlp for linear in setup.adapters))
 
 
 def _read(setup: Setup, linear: Linear) -> bool:
@@ -103,6 +121,12 @@ def _read(setup: Setup, linear: Linear) -> bool:
 
 
 def _uncompiled(shape: Shape, setup: Setup) -> float:
+    mlp = 4 * setup.compute * shape.intermediate  # gate, its activation, up, their product
+    return _uncompiled_around(shape, setup) + mlp + _adapters(setup, in_mlp=True)
+
+
+def _uncompiled_around(shape: Shape, setup: Setup) -> float:
+    """What a block that is not compiled keeps besides its MLP; the MLP's input among it."""
     size = setup.compute
     # A norm keeps its input in fp32, the normed one before its weight, and its output, which linear layers read.
     total = shape.norms * ((_STATISTIC + 2 * size) * shape.hidden + _STATISTIC)
@@ -111,8 +135,7 @@ def _uncompiled(shape: Shape, setup: Setup) -> float:
     total += _attention(shape, setup)
     if setup.ulysses == 1 and setup.attention in ("sdpa", "cudnn", "eager"):
         total += size * shape.queries  # documents are joined behind attention
-    total += 4 * size * shape.intermediate  # gate, its activation, up, their product
-    return total + size * setup.rank * len(setup.adapters)
+    return total + _adapters(setup, in_mlp=False)
 
 
 def rebuilt(shape: Shape, setup: Setup, tokens: int, *, pieces: bool) -> float:
@@ -124,12 +147,30 @@ def rebuilt(shape: Shape, setup: Setup, tokens: int, *, pieces: bool) -> float:
         tokens: of the rank.
         pieces: its MLP works on pieces of a long sequence, as it does in plans with OFFLOAD.
     """
-    whole = kept(shape, setup, NONE).device * tokens
-    tile = _TILE_ELEMENTS // shape.intermediate
-    if not pieces or tokens <= tile:
-        return whole
+    if not _cut(shape, tokens, pieces=pieces):
+        return kept(shape, setup, NONE).device * tokens
+    around = _uncompiled_around(shape, setup)
+    if setup.compiled:
+        # Pieces read the MLP's input again, whatever else does.
+        around = _compiled_around(shape, setup) + setup.compute * shape.hidden
     inner = setup.compute * shape.intermediate
-    return whole - (3 if setup.compiled else 4) * inner * tokens + _IN_A_PIECE * inner * tile
+    return around * tokens + (_IN_A_PIECE * inner + _adapters(setup, in_mlp=True)) * _tile(shape)
+
+
+def _tile(shape: Shape) -> int:
+    """Tokens of a piece at most."""
+    return _TILE_ELEMENTS // shape.intermediate
+
+
+def _cut(shape: Shape, tokens: int, *, pieces: bool) -> bool:
+    return pieces and tokens > _tile(shape)
+
+
+def _summed(shape: Shape, setup: Setup) -> float:
+    """Bytes in which the gradients of an MLP's weights add up over pieces, in fp32 at least."""
+    mlp = [linear for linear in (setup.adapters if setup.rank else shape.linears) if _in_mlp(linear)]
+    weights = sum(setup.rank * (each.wide_in + each.wide_out) if setup.rank else each.parameters for each in mlp)
+    return float(max(4, setup.compute) * weights)
 
 
 def in_backward(shape: Shape, setup: Setup, tokens: int, *, pieces: bool) -> float:
@@ -144,11 +185,14 @@ def in_backward(shape: Shape, setup: Setup, tokens: int, *, pieces: bool) -> flo
     size = setup.compute
     mlp = (3 if setup.compiled else 5) * size * shape.intermediate
     attention = 4 * shape.queries + size * (shape.queries + 2 * _key_width(shape, setup))  # dq is summed in fp32
+    if setup.attention == "flash4" and _key_width(shape, setup) < shape.queries:
+        attention += 2 * 4 * _key_width(shape, setup)  # dk and dv too, where heads share keys
     if setup.ulysses > 1:
         attention += 2 * size * (shape.queries + 2 * _key_width(shape, setup))  # sent and received
     stream = (2 if setup.compiled else 8) * size * shape.hidden
     if setup.fp8 != "none":
         mlp += shape.intermediate + shape.hidden  # casts
-    if pieces and tokens > _TILE_ELEMENTS // shape.intermediate:
-        mlp = 0  # counted with the piece
+    if _cut(shape, tokens, pieces=pieces):
+        # The MLP's own are counted with the piece, but for the sums over pieces.
+        return (attention + stream) * tokens + _summed(shape, setup)
     return (max(mlp, attention) + stream) * tokens

@@ -188,14 +188,60 @@ CARDS: Mapping[str, Card] = MappingProxyType({card.name: card for card in _ALL})
 """Name -> card."""
 
 
+_NO_CARD = 400
+"""GB that are the host's: a GH200 is called by them."""
+_CUDA_SHARE = 0.96
+"""Share of a card's nominal GB that tensors have as GiB: what CUDA takes for itself is off."""
+
+
 def find_card(name: str) -> Card | Problem:
-    """A card by its name, also as the driver writes it, or what is wrong with the name (exit 2)."""
+    """A card by its name, also as the driver writes it, or what is wrong with the name (exit 2).
+
+    Where a name tells another memory than the card of that kind has, that counts.
+    """
     plain = re.sub(r"[\s_]+", "-", name.strip().lower().removeprefix("nvidia").strip())
-    short = re.sub(r"-(sxm\d?|hbm\d?e?|\d+gb|pcie|geforce)", "", plain).replace("geforce-", "").replace("rtx-", "rtx")
-    for each in (plain, plain.replace("-sxm4", ""), short):
+    short = re.sub(r"-(sxm\d?|hbm\d?e?|\d+gb?|pcie|geforce)(?=-|$)", "", plain)
+    short = short.replace("geforce-", "").replace("rtx-", "rtx")
+    for each in (plain, re.sub(r"-(sxm\d?|pcie)(?=-|$)", "", plain), short):
         if each in CARDS:
-            return CARDS[each]
+            return _as_named(CARDS[each], plain)
     near = nearest(plain, CARDS)
     guess = f"did you mean {near}? " if near else ""
     fix = f"{guess}one of {', '.join(CARDS)}; for another card name the most alike one and its --gpu-memory"
     return Problem(ExitCode.CONFIG, "--gpu", "there are no figures for such a card", fix, name, "command line")
+
+
+def _as_named(card: Card, plain: str) -> Card:
+    """With the memory that the name tells, and a PCIe card's slower memory, link and clock."""
+    told = re.search(r"-(\d+)gb?(?=-|$)", plain)
+    nominal = re.search(r"(\d+)GB", card.title)
+    if told and nominal and told[1] != nominal[1] and int(told[1]) < _NO_CARD:
+        title = card.title.replace(nominal[0], f"{told[1]}GB")
+        card = _like(card, memory=round(min(float(told[1]) * _CUDA_SHARE, card.memory * 2), 1), title=title)
+    if "-pcie" in plain and card.name.startswith(("h100", "a100", "h800", "a800")):
+        power = 0.65 if card.name.startswith("h") else 0.85
+        rates = {"ceiling": card.ceiling * power, "bf16": card.bf16 * power, "fp8": card.fp8 * power}
+        slower = {"attention": card.attention * power, "bandwidth": card.bandwidth * 0.75, "link": 20.0}
+        card = _like(card, title=card.title.replace("SXM", "PCIe"), **rates, **slower)
+    return card
+
+
+def _fit(name: str) -> tuple[int, int]:
+    return -len(name.partition("-")[0]), len(name)
+
+
+def card_like(name: str, memory: float | None = None) -> Card:
+    """The nearest known kind to a card that is present, for whatever name its driver gives.
+
+    Args:
+        name: as the driver writes it.
+        memory: GiB that it has, where somebody knows.
+    """
+    found = find_card(name)
+    if isinstance(found, Problem):
+        told = re.search(r"(\d+)\s*gb?\b", name, re.IGNORECASE)
+        memory = memory or (float(told[1]) * _CUDA_SHARE if told else None)
+        plain = re.sub(r"[^a-z0-9]", "", name.lower().replace("nvidia", ""))
+        kinds = sorted((each for each in CARDS if plain.startswith(each.partition("-")[0])), key=_fit)
+        found = CARDS[kinds[0] if kinds else "h100"]
+    return _like(found, memory=memory) if memory else found

@@ -11,14 +11,16 @@ from pathlib import Path
 
 from rich.console import Console
 
+from sft_job.config.model_folder import read_model_folder
 from sft_job.config.resolve import Resolution, resolve
 from sft_job.config.topology import count_gpus
 from sft_job.contract import Env, ExitCode
+from sft_job.data.shm import available_memory
 from sft_job.errors import Problem, ProblemsError, raise_problems
-from sft_job.plan.cards import Card, find_card
+from sft_job.plan.cards import Card, card_like, find_card
 from sft_job.plan.estimate import FITS, TOO_LARGE, Rows
 from sft_job.plan.prices import Case, longest_that_fits, prices, smallest_change
-from sft_job.plan.setup import Ranks
+from sft_job.plan.setup import GIB, Ranks
 from sft_job.plan.shape import KNOWN, Shape, read_shape
 from sft_job.plan.show import plan_json, show_plan
 from sft_job.streams import say
@@ -40,6 +42,7 @@ class PlanOptions:
         memory: GiB that tensors can have on it, instead of the card's.
         length: tokens of every row, instead of the data's own.
         json: one JSON object instead of tables.
+        host: GiB of memory of each node; None = that of this machine where the card is the one here, else unknown.
     """
 
     gpus: int | None = None
@@ -48,6 +51,7 @@ class PlanOptions:
     memory: float | None = None
     length: int | None = None
     json: bool = False
+    host: float | None = None
 
 
 def plan_job(config_arg: str | None, overrides: Sequence[str], environ: Mapping[str, str], options: PlanOptions) -> int:
@@ -102,7 +106,18 @@ def _case(
         notes.append(f"parts of a {shape.kind} are not known here: its blocks are taken for a llama's")
     notes += resolution.warnings
     rows = _rows(resolution, options)
-    return Case(config, shape, card, Ranks(topology.nproc_per_node, topology.nnodes), rows), notes
+    host = _host(options, card)
+    return Case(config, shape, card, Ranks(topology.nproc_per_node, topology.nnodes, host), rows), notes
+
+
+def _host(options: PlanOptions, card: Card) -> float | None:
+    """Bytes of a node's memory; of this machine's what a run would find free."""
+    if options.host is not None:
+        return options.host * GIB
+    here = _card_here()
+    if here is None or card_like(here).name != card.name:
+        return None
+    return available_memory(Path("/proc/meminfo"), Path("/sys/fs/cgroup"))
 
 
 def _card(options: PlanOptions, problems: list[Problem]) -> tuple[Card | None, list[str]]:
@@ -112,6 +127,13 @@ def _card(options: PlanOptions, problems: list[Problem]) -> tuple[Card | None, l
         name = _UNNAMED
         notes.append(f"no card was named (--gpu) and none is here: planned for {name}")
     card = find_card(name)
+    if isinstance(card, Problem) and options.gpu is None:
+        # Nobody asked for it: it is merely here.
+        card = card_like(name)
+        notes.append(
+            f"there are no figures for {name}: planned as {card.title} with {options.memory or card.memory:.1f} GiB; "
+            "--gpu and --gpu-memory tell better"
+        )
     if isinstance(card, Problem):
         problems.append(card)
         return None, notes
@@ -138,14 +160,14 @@ def _resolved(
     gpus, nodes, here = options.gpus, options.nodes, count_gpus(environ)
     said = any(environ.get(name) for name in (Env.NPROC_PER_NODE, Env.NNODES, "PET_NPROC_PER_NODE", "PET_NNODES"))
     if gpus is None and nodes is None and (said or here):
-        return resolve(config_arg, overrides, environ, here)
+        return resolve(config_arg, overrides, environ, here, need_weights=False)
     if gpus is None or nodes is None:
         # On a login node nobody says more than the settings do.
-        first = resolve(config_arg, overrides, _on(environ, gpus or 1, nodes or 1), gpus or 1)
+        first = resolve(config_arg, overrides, _on(environ, gpus or 1, nodes or 1), gpus or 1, need_weights=False)
         trainer, origin = first.loaded.config.trainer, first.loaded.origin
         gpus = gpus or (trainer.n_gpus_per_node if origin("trainer.n_gpus_per_node") else here or 1)
         nodes = nodes or (trainer.nnodes if origin("trainer.nnodes") else 1)
-    return resolve(config_arg, overrides, _on(environ, max(1, gpus), max(1, nodes)), max(1, gpus))
+    return resolve(config_arg, overrides, _on(environ, max(1, gpus), max(1, nodes)), max(1, gpus), need_weights=False)
 
 
 def _on(environ: Mapping[str, str], gpus: int, nodes: int) -> dict[str, str]:
@@ -160,7 +182,12 @@ def _shape(resolution: Resolution, problems: list[Problem]) -> Shape | None:
     assert model is not None
     try:
         config = json.loads((model.path / "config.json").read_text(encoding="utf-8-sig"))
-        return read_shape(config, model.parameters)
+        shape = read_shape(config)
+        if shape.kind in KNOWN:
+            return shape
+        # Parts that are not known are counted in the files of weights, where there are any.
+        counted, _ = read_model_folder(str(model.path), "", need_weights=True)
+        return read_shape(config, counted.parameters if counted else 0)
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         rule = f"config.json does not name the sizes of a decoder that plan knows: {type(error).__name__} {error}"
         fix = "plan knows hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, vocab_size"

@@ -14,7 +14,8 @@ from sft_job.data.packing import pack_settings, plan_batch
 from sft_job.metrics.flops import model_flops
 from sft_job.plan.activations import ATTENTION, FULL, NONE, OFFLOAD
 from sft_job.plan.cards import Card
-from sft_job.plan.footprint import Footprint, Micro, footprint, least_recompute, levels_of
+from sft_job.plan.footprint import STATE_COPY, Footprint, Micro, footprint, least_recompute, levels_of
+from sft_job.plan.host import holds, spared, within
 from sft_job.plan.seconds import Parts, Work, joined, micro_seconds, step_end
 from sft_job.plan.setup import GIB, Ranks, Setup, setup_of
 from sft_job.plan.shape import Shape
@@ -117,7 +118,8 @@ class Estimate:
         memory: with the recomputation that it would choose, or has set.
         least: bytes on the device with the least that it can get along with: by this it fits or not.
         usable: bytes that its tensors can have.
-        verdict: fits, tight or does not fit.
+        verdict: fits, tight or does not fit, by both memories where that of the host is known.
+        host_least: bytes of host memory of a node with the least on the device.
         step: None where time was not asked for.
         run: None where the number of steps is not known.
     """
@@ -128,6 +130,7 @@ class Estimate:
     least: float
     usable: float
     verdict: str
+    host_least: float
     step: Step | None = None
     run: Run | None = None
 
@@ -176,16 +179,19 @@ def estimate(config: JobConfig, shape: Shape, card: Card, ranks: Ranks, rows: Ro
     levels = levels_of(NONE if setup.recompute == "auto" else setup.recompute, shape.layers)
     memory = footprint(shape, setup, micro, levels)
     usable = card.memory * GIB - memory.outside
-    least = memory.peak
+    last = memory
     if setup.recompute == "auto":
         room = usable * (1 - _AUTO_MARGIN)
         memory = least_recompute(shape, setup, micro, room)
-        last = _last_resort(shape, setup, micro, usable)
-        least = last.peak
+        last = within(shape, setup, micro, _last_resort(shape, setup, micro, usable))
         if memory.peak > room:
             memory = last
-    verdict = FITS if least <= usable * (1 - MARGIN) else TIGHT if least <= usable else TOO_LARGE
-    found = Estimate(setup, micro, memory, least, usable, verdict)
+    memory, last, host = spared(memory, ranks.host), spared(last, ranks.host), ranks.host
+    if last.peak <= usable * (1 - MARGIN) and holds(memory, host, MARGIN) and holds(last, host, MARGIN):
+        verdict = FITS
+    else:
+        verdict = TIGHT if last.peak <= usable and holds(memory, host) and holds(last, host) else TOO_LARGE
+    found = Estimate(setup, micro, memory, last.peak, usable, verdict, last.host_bytes)
     if not timed:
         return found
     step = _step(config, shape, card, found, rows)
@@ -271,6 +277,6 @@ def _run(config: JobConfig, shape: Shape, card: Card, found: Estimate, rows: Row
     saves = steps / trainer.save_freq if trainer.save_freq > 0 else 0.0
     if trainer.recovery_minutes > 0:
         saves += stepping / 60 / trainer.recovery_minutes
-    stall = state / (card.host * 1e9) + 0.5 if setup.stages else state / _DISK
+    stall = state / (card.host * 1e9) + 0.5 if STATE_COPY in found.memory.host else state / _DISK
     last = state / _DISK + setup.storage * shape.parameters / _DISK
     return Run(steps, stepping, validations * rows.validation * mean / rate, saves * stall + last, _START_SECONDS)

@@ -9,13 +9,14 @@ from sft_job.plan.activations import ATTENTION, FULL, LEVELS, NONE, OFFLOAD, in_
 from sft_job.plan.setup import GIB, Setup
 from sft_job.plan.shape import Shape
 
+STATE_COPY = "copy of the state for checkpoints"
 CHUNK_ELEMENTS = 2**29
 """Logits that the loss computes at once (rows x vocabulary), as ``model.loss`` has it."""
 SMALL = 0.05 * GIB
 """Matrix libraries' workspaces, batches on the device, tables of positions."""
 _NCCL = 1.0 * GIB
 _NCCL_GROUP = 0.4 * GIB
-_PROCESS = 4.5 * GIB
+PROCESS = 4.5 * GIB
 """Host memory of a rank's process: Python, torch, CUDA's libraries and contexts, compiled kernels."""
 _MAPPED = 0.5 * GIB
 """Most of the token cache that a rank keeps mapped."""
@@ -55,6 +56,11 @@ class Footprint:
     outside: float
     host: dict[str, float]
     levels: tuple[str, ...]
+
+    @property
+    def host_bytes(self) -> float:
+        """Of a node, over all its ranks."""
+        return sum(self.host.values())
 
 
 @dataclass(frozen=True)
@@ -203,9 +209,9 @@ def _host(shape: Shape, setup: Setup, micro: Micro, levels: Sequence[str]) -> di
     width = max(4, setup.storage) if setup.rank else setup.storage
     inputs = sum(kept(shape, setup, level).host for level in levels) * micro.tokens
     parts = {
-        "processes": _PROCESS * gpus,
+        "processes": PROCESS * gpus,
         "token cache and batches": (_MAPPED + 3 * 32.0 * micro.tokens * setup.ulysses) * gpus,
-        "copy of the state for checkpoints": 3.0 * width * trained / setup.shards * gpus if setup.stages else 0.0,
+        STATE_COPY: 3.0 * width * trained / setup.shards * gpus if setup.stages else 0.0,
         "offloaded weights, gradients, states": 0.0,
         "offloaded block inputs": inputs * gpus,
     }

@@ -12,8 +12,8 @@ from sft_job.config.schema import JobConfig
 from sft_job.plan.activations import NONE
 from sft_job.plan.cards import CARDS
 from sft_job.plan.estimate import Rows, largest_micro
-from sft_job.plan.footprint import footprint
-from sft_job.plan.prices import SUMS, Case, smallest_change, with_changes
+from sft_job.plan.footprint import PROCESS, footprint
+from sft_job.plan.prices import SUMS, Case, change_words, smallest_change, with_changes
 from sft_job.plan.setup import GIB, Ranks
 from sft_job.plan.shape import KNOWN, read_shape
 
@@ -76,6 +76,7 @@ def planned_remedy(
     *,
     accumulates: bool,
     sums_shards: bool,
+    host: int | None = None,
 ) -> str:
     """A line on the smallest change that fits, by the plan; empty where it knows none.
 
@@ -87,9 +88,12 @@ def planned_remedy(
         usable: bytes of device memory that tensors can have.
         accumulates: a step may have several micro-batches.
         sums_shards: their gradients add up in each rank's shard alone.
+        host: bytes that this node's memory has left beside the run's processes; None = unknown.
     """
     if not documents or model.get("model_type") not in KNOWN:
         return ""
+    if host is not None:
+        ranks = replace(ranks, host=host + PROCESS * ranks.gpus)  # those are running
     config = with_changes(config, {SUMS: sums_shards})  # what auto chose, whatever memory is assumed below
     case = _case(config, model, ranks, documents, usable, accumulates=accumulates)
     # It did not fit, whatever the plan says of it: what is advised must need clearly less.
@@ -98,5 +102,11 @@ def planned_remedy(
     remedy = smallest_change(case)
     if remedy is None:
         return ""
-    peak = remedy.found.memory.peak / GIB
-    return f"{remedy.words()} is the smallest change that fits by `sft-job plan` (about {peak:.0f} GiB)"
+    words = change_words(remedy.changes)
+    if remedy.ranks is not None:
+        words = f"{remedy.ranks.world} GPUs instead of {ranks.world}{' with ' if words else ''}{words}"
+    memory = remedy.found.memory
+    costs = [f"about {memory.peak / GIB:.0f} GiB", f"{memory.host_bytes / GIB:.0f} GiB of host memory on a node"]
+    note = remedy.note.removeprefix("more GPUs").removeprefix("; ")
+    text = "; ".join(filter(None, (", ".join(costs), note)))
+    return f"{words} is the smallest change that fits by `sft-job plan` ({text})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -265,7 +265,7 @@ def _more_gpus(case: Case) -> Remedy | None:
     gpus, nodes = case.ranks.gpus, case.ranks.nodes
     while gpus * nodes * 2 <= _MORE_RANKS:
         gpus, nodes = (gpus * 2, nodes) if gpus < _NODE else (gpus, nodes * 2)
-        sizes.append(Ranks(gpus, nodes))
+        sizes.append(replace(case.ranks, gpus=gpus, nodes=nodes))
     second: Remedy | None = None
     for ranks in sizes:
         more = Case(case.config, case.shape, case.card, ranks, case.rows)

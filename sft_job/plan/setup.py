@@ -27,10 +27,12 @@ class Ranks:
     Attributes:
         gpus: of a node, one rank each.
         nodes: of the run.
+        host: bytes of memory that a node has; None = unknown.
     """
 
     gpus: int
     nodes: int = 1
+    host: float | None = None
 
     @property
     def world(self) -> int:

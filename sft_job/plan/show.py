@@ -12,11 +12,14 @@ from rich.text import Text
 
 from sft_job.metrics.console import duration
 from sft_job.plan.activations import ATTENTION, FULL, NONE, OFFLOAD
-from sft_job.plan.estimate import FITS, MARGIN, TIGHT, Estimate
+from sft_job.plan.estimate import FITS, MARGIN, TIGHT, TOO_LARGE, Estimate
+from sft_job.plan.footprint import STATE_COPY
 from sft_job.plan.prices import Case, Price, Remedy
 from sft_job.plan.setup import GIB
 from sft_job.plan.shape import KNOWN
 
+_WIDE = 150
+"""Columns from which tables stand beside each other."""
 _STYLES = {FITS: "bold green", TIGHT: "bold yellow"}
 _LEVELS = {NONE: "nothing", ATTENTION: "all but attention", FULL: "all", OFFLOAD: "all, inputs in host memory"}
 _SUMS = {False: ", whole on each rank", True: ", in each rank's shard alone"}
@@ -75,6 +78,8 @@ def _memory_record(found: Estimate) -> dict[str, Any]:
         "usable": _gib(found.usable),
         "margin": MARGIN,
         "parts": {name: _gib(size) for name, size in memory.parts.items()},
+        "host": _gib(memory.host_bytes),
+        "host_room": None if found.setup.ranks.host is None else _gib(found.setup.ranks.host),
         "host_per_node": {name: _gib(size) for name, size in memory.host.items()},
     }
 
@@ -114,11 +119,17 @@ def show_plan(
     facts.add_row("verdict", _verdict(found, remedy, longest))
     console.print(facts)
     console.print()
-    both = Table.grid(padding=(0, 5))
-    both.add_row(_memory_table(found), _host_table(found), _time_table(case, found))
-    console.print(both)
-    console.print()
-    console.print(_price_table(case, found, changes))
+    tables = (_memory_table(found), _host_table(found), _time_table(case, found))
+    if console.width < _WIDE:
+        for table in tables:
+            console.print(table)
+            console.print()
+    else:
+        both = Table.grid(padding=(0, 5))
+        both.add_row(*tables)
+        console.print(both)
+        console.print()
+    console.print(_price_table(case, found, changes, short=console.width < _WIDE))
     for note in notes:
         console.print(f"note: {note}", markup=False, style="dim")
 
@@ -165,6 +176,7 @@ def _verdict(found: Estimate, remedy: Remedy | None, longest: int | None) -> Tex
     if found.setup.recompute == "auto" and found.least < 0.98 * peak:
         text.append(f"; {found.least / GIB:.1f} GiB with the most recomputed")
     text.append(f"\n{FITS} = {MARGIN:.0%} of the memory stays free even so; {TIGHT} = less than that does")
+    text.append(f"\n{_host_text(found)}")
     if longest is not None:
         text.append(f"\na document of up to about {longest:,} tokens fits with these settings, alone in a micro-batch")
     if found.verdict != FITS:
@@ -178,12 +190,29 @@ def _verdict(found: Estimate, remedy: Remedy | None, longest: int | None) -> Tex
     return text
 
 
+def _host_text(found: Estimate) -> str:
+    """What the verdict takes of a node's host memory, which the run ends by as well."""
+    memory, room = found.memory, found.setup.ranks.host
+    text = f"needs {memory.host_bytes / GIB:.1f} GiB of host memory on a node"
+    if room is not None:
+        text += f", of {room / GIB:.1f}"
+    elif STATE_COPY in memory.host:
+        text += (
+            f"; {(memory.host_bytes - memory.host[STATE_COPY]) / GIB:.1f} without a copy of the state for checkpoints"
+        )
+    if found.host_least > memory.host_bytes:
+        text += f"; {found.host_least / GIB:.1f} with the most recomputed"
+    if found.setup.stages and STATE_COPY not in memory.host:
+        text += "; checkpoints are saved without a copy of the state, for which there is no room"
+    return text if room is not None else f"{text} (--host-memory makes it part of the verdict)"
+
+
 def _remedy_text(remedy: Remedy) -> str:
     found = remedy.found
     parts = [f"{found.memory.peak / GIB:.1f} GiB"]
     if found.step is not None:
         parts.append(f"{found.step.seconds:.2f} s a step")
-    parts.append(f"{sum(found.memory.host.values()) / GIB:.0f} GiB of host memory on a node")
+    parts.append(f"{found.memory.host_bytes / GIB:.0f} GiB of host memory on a node")
     return "; ".join([", ".join(parts), *filter(None, [remedy.note])])
 
 
@@ -208,7 +237,7 @@ def _host_table(found: Estimate) -> Table:
     table = _table("host memory of a node", "", "GiB")
     for name, size in found.memory.host.items():
         table.add_row(name, f"{size / GIB:.1f}")
-    table.add_row("all", f"{sum(found.memory.host.values()) / GIB:.1f}", style="bold")
+    table.add_row("all", f"{found.memory.host_bytes / GIB:.1f}", style="bold")
     return table
 
 
@@ -229,26 +258,31 @@ def _time_table(case: Case, found: Estimate) -> Table:
     return table
 
 
-def _price_table(case: Case, found: Estimate, changes: list[Price]) -> Table:
+def _price_table(case: Case, found: Estimate, changes: list[Price], *, short: bool) -> Table:
     """Peaks, and the least that a run can get along with: where auto chooses, the first fills what there is."""
-    columns = ("setting", "peak GiB", "least GiB", "", "s a step", "", "")
-    table = _table("what a change costs, each by itself", *columns)
+    columns = ("setting", *(("peak", "least") if short else ("peak GiB", "least GiB", "")), "s a step", "", "")
+    table = _table(f"what a change costs, each by itself{' (peak and least in GiB)' if short else ''}", *columns)
     assert found.step is not None
-    table.add_row("as it is", *_price_cells(found, found), style="bold")
+    table.columns[-1].no_wrap = True
+    table.add_row("as it is", *_price_cells(found, found, short=short), style="bold")
     for price in changes:
-        table.add_row(price.words(), *_price_cells(found, price.found))
+        words = " ".join(word.rpartition(".")[2] for word in price.words().split()) if short else price.words()
+        table.add_row(words, *_price_cells(found, price.found, short=short))
     return table
 
 
-def _price_cells(found: Estimate, other: Estimate) -> list[str | Text]:
+def _price_cells(found: Estimate, other: Estimate, *, short: bool) -> list[str | Text]:
     assert found.step is not None
     assert other.step is not None
     memory, least = other.memory.peak / GIB, other.least / GIB
     cells: list[str | Text] = [f"{memory:.1f}", f"{least:.1f}"]
     same = other is found
-    cells += ["" if same else f"{least - found.least / GIB:+.1f}", f"{other.step.seconds:.2f}"]
+    if not short:
+        cells.append("" if same else f"{least - found.least / GIB:+.1f}")
+    cells += [f"{other.step.seconds:.2f}"]
     cells.append("" if same else f"{other.step.seconds / found.step.seconds - 1:+.0%}")
-    return [*cells, Text(other.verdict, _STYLES.get(other.verdict, "bold red"))]
+    verdict = "too large" if short and other.verdict == TOO_LARGE else other.verdict
+    return [*cells, Text(verdict, _STYLES.get(other.verdict, "bold red"))]
 
 
 def _trained(case: Case, found: Estimate) -> int:

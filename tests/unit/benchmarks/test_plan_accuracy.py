@@ -8,6 +8,8 @@ import pytest
 
 from benchmarks.plan import data_steps
 from benchmarks.plan_accuracy import CONFIGS, chosen_levels, compared, main, planned, table
+from sft_job.fitting import plan_text
+from sft_job.model.recompute import Recompute
 from sft_job.plan.cards import CARDS
 from sft_job.plan.setup import GIB
 
@@ -84,3 +86,11 @@ def test_memory_is_compared_at_what_the_run_recomputed() -> None:
     line = compared(config, plan, run_of(config, 100.0, 1.0, said="recomputation of 28 blocks: 28 all; peak 1"))
     assert line["levels"] == {"full": 28}
     assert line["planned_gib"] < plan.memory.peak / GIB
+
+
+@pytest.mark.parametrize("level", list(Recompute))
+def test_every_level_is_read_from_the_runs_own_line(level: Recompute) -> None:
+    for plan in ((level,) * 28, (level, *(Recompute.FULL,) * 27), (level, *(Recompute.NONE,) * 27)):
+        found = chosen_levels([f"x {plan_text(plan, 2**30, 2**31)}"])
+        assert found is not None
+        assert sorted(found) == sorted(str(each) for each in plan)

@@ -6,6 +6,8 @@ peaks of real runs (``test_footprint``).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ from sft_job.plan.activations import ATTENTION, FULL, LEVELS, NONE, OFFLOAD, in_
 from sft_job.plan.setup import RECOMPUTE_VALUES
 from sft_job.plan.shape import read_shape
 from tests.tiny import model_config
-from tests.unit.plan.cases import case
+from tests.unit.plan.cases import LORA, case
 
 TOKENS = 64
 
@@ -118,3 +120,45 @@ def test_adapters_read_only_what_they_adapt() -> None:
     shape = case().shape
     assert by_targets[1] - by_targets[0] == 2 * shape.hidden + 2 * 8
     assert by_targets[2] - by_targets[1] == 2 * shape.intermediate + 2 * 8
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"model.fp8": "tensorwise"}, LORA, {**LORA, "model.target_modules": ["q_proj"]}]
+)
+@pytest.mark.parametrize("compiled", [True, False])
+def test_pieces_spare_the_mlp_alone(changes: dict, compiled: bool) -> None:
+    """Whatever fp8 and adapters keep of the MLP: what is around it, and its input, is there for every token."""
+    one, tokens = case(**{"model.compile": compiled, **changes}), 524_288
+    setup, shape = one.estimate(timed=False).setup, one.shape
+    # Norms' inputs, MLP's input, q, k, v and attention's output in bf16.
+    least = 2 * (3 * shape.hidden + 2 * shape.queries + 2 * shape.keys) * tokens
+    cut = rebuilt(shape, setup, tokens, pieces=True)
+    piece = 7 * 2 * 2**30
+    assert cut > least + 0.99 * piece
+    assert cut < (1.25 if compiled else 3) * (least + piece)
+    more = rebuilt(shape, setup, 2 * tokens, pieces=True) - cut
+    assert more > least
+
+
+def test_fp8_in_pieces_spares_only_inputs_of_products() -> None:
+    """What is around the MLP, and its input, stays: at 524,288 tokens no drop of 22 GiB."""
+    one, tokens = case(), 524_288
+    fp8 = case(**{"model.fp8": "tensorwise"})
+    sizes = [rebuilt(one.shape, each.estimate(timed=False).setup, tokens, pieces=True) for each in (one, fp8)]
+    assert 0 <= sizes[0] - sizes[1] <= 2 * one.shape.hidden * tokens
+
+
+def test_sums_in_fp32_at_extreme_lengths() -> None:
+    """dk and dv where heads share keys, and the gradients of the MLP's weights over pieces."""
+    one, tokens = case(), 524_288
+    setup, shape = one.estimate(timed=False).setup, one.shape
+    assert setup.attention == "flash4"
+    flash = in_backward(shape, setup, tokens, pieces=True)
+    plain = in_backward(shape, replace(setup, attention="cudnn"), tokens, pieces=True)
+    assert flash - plain == 2 * 4 * shape.keys * tokens
+    grouped = replace(shape, kv_heads=shape.heads)
+    whole = [in_backward(grouped, replace(setup, attention=name), tokens, pieces=True) for name in ("flash4", "cudnn")]
+    assert whole[0] == whole[1]
+    adapters = case(**{**LORA, "model.target_modules": ["q_proj"]}).estimate(timed=False).setup
+    frozen = in_backward(shape, adapters, tokens, pieces=True)
+    assert flash - frozen == 4 * 3 * shape.hidden * shape.intermediate

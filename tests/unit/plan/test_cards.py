@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sft_job.errors import Problem
-from sft_job.plan.cards import CARDS, find_card
+from sft_job.plan.cards import CARDS, card_like, find_card
 
 
 @pytest.mark.parametrize(("said", "name"), [
@@ -32,3 +32,24 @@ def test_a_wrong_name_gets_a_suggestion() -> None:
 
 def test_only_what_was_run_counts_as_measured() -> None:
     assert [card.name for card in CARDS.values() if card.measured] == ["h200"]
+
+
+@pytest.mark.parametrize(("said", "name", "least", "most"), [
+    ("NVIDIA A100-PCIE-40GB", "a100-40gb", 36, 39.5), ("NVIDIA A800 40GB Active", "a800", 36, 39.5),
+    ("NVIDIA H200 NVL", "h200", 130, 140), ("NVIDIA H20-3e", "h20", 90, 94),
+    ("NVIDIA GH200 144G HBM3e", "gh200", 130, 140),
+    ("NVIDIA GH200 480GB", "gh200", 90, 94), ("NVIDIA Z1 Future", "h100", 70, 79),
+])  # fmt: skip
+def test_whatever_is_here_is_planned_for(said: str, name: str, least: float, most: float) -> None:
+    card = card_like(said)
+    assert card.name == name
+    assert least <= card.memory <= most
+
+
+def test_a_card_on_pcie_is_slower() -> None:
+    for said, like in (("NVIDIA H100 PCIe", "h100"), ("NVIDIA A100 80GB PCIe", "a100")):
+        card = find_card(said)
+        assert not isinstance(card, Problem)
+        assert card.memory == CARDS[like].memory
+        assert card.bf16 < CARDS[like].bf16
+        assert card.link < CARDS[like].link

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -95,6 +96,28 @@ def test_no_run_folder_is_needed(plan: Plan, inputs: Path, tmp_path: Path) -> No
     words = ["plan", str(tmp_path / "bare.yaml"), "--gpu", "h200", "--length", "64", "--json"]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.stderr
+
+
+def test_no_weights_are_needed(plan: Plan, inputs: Path, tmp_path: Path) -> None:
+    for file in (inputs / "model").iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    words = ("--gpu", "h200", "--length", "64", "--json")
+    bare, whole = plan(*words, f"model.partial_pretrain={tmp_path}"), plan(*words)
+    assert bare.exit_code == 0, bare.stderr
+    assert bare.stdout == whole.stdout
+
+
+def test_host_memory_is_asked_for_or_told(plan: Plan) -> None:
+    words = ("--gpu", "h200", "--length", "64", "--gpus", "1")
+    asked = plan(*words).stdout
+    assert re.search(r"needs \d+\.\d GiB of host memory on a node.*--host-memory", asked)
+    told = plan(*words, "--host-memory", "64")
+    assert told.exit_code == 0
+    assert "of host memory on a node, of 64.0" in told.stdout
+    short = plan(*words, "--host-memory", "2", "--json")
+    assert short.exit_code == 88
+    assert json.loads(short.stdout)["memory_gib"]["host_room"] == 2
 
 
 def test_bad_input(plan: Plan, tmp_path: Path) -> None:

@@ -62,3 +62,21 @@ def test_a_remedy_for_gradients_that_add_up_whole() -> None:
             for alone in (False, True)}  # fmt: skip
     assert ways[False].startswith("model.fsdp_config.shard_accumulated=true is the smallest change")
     assert "shard_accumulated" not in ways[True]
+
+
+def test_the_remedy_says_what_it_costs_and_keeps_to_the_host() -> None:
+    config, documents = settings(1, **{"model.recompute": "offload"}), (131_072,)
+    slow = planned_remedy(config, SEVEN, Ranks(1), documents, 75 * GIB, **ONCE)
+    assert slow.startswith("model.fsdp_config.cpu_offload=true is")
+    assert "slower" in slow
+    assert re.search(r"\d+ GiB of host memory on a node", slow)
+    held = planned_remedy(config, SEVEN, Ranks(1), documents, 75 * GIB, **ONCE, host=60 * GIB)
+    assert held
+    assert "cpu_offload" not in held
+
+
+def test_more_gpus_are_no_options_of_plan() -> None:
+    """``train`` knows neither --gpus nor --nodes."""
+    line = planned_remedy(settings(1), SEVEN, Ranks(1), (1_048_576,), 75 * GIB, **ONCE)
+    assert re.match(r"\d+ GPUs instead of 1 with .*ulysses_sequence_parallel_size=", line)
+    assert "--" not in line
