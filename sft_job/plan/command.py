@@ -15,7 +15,6 @@ from sft_job.config.model_folder import read_model_folder
 from sft_job.config.resolve import Resolution, resolve
 from sft_job.config.topology import count_gpus
 from sft_job.contract import Env, ExitCode
-from sft_job.data.shm import available_memory
 from sft_job.errors import Problem, ProblemsError, raise_problems
 from sft_job.plan.cards import Card, card_like, find_card
 from sft_job.plan.estimate import FITS, TOO_LARGE, Rows
@@ -23,6 +22,7 @@ from sft_job.plan.prices import Case, longest_that_fits, prices, smallest_change
 from sft_job.plan.setup import GIB, Ranks
 from sft_job.plan.shape import KNOWN, Shape, read_shape
 from sft_job.plan.show import plan_json, show_plan
+from sft_job.processes import host_room
 from sft_job.streams import say
 
 # Nobody wraps lines in a pipe.
@@ -117,7 +117,7 @@ def _host(options: PlanOptions, card: Card) -> float | None:
     here = _card_here()
     if here is None or card_like(here).name != card.name:
         return None
-    return available_memory(Path("/proc/meminfo"), Path("/sys/fs/cgroup"))
+    return host_room()
 
 
 def _card(options: PlanOptions, problems: list[Problem]) -> tuple[Card | None, list[str]]:

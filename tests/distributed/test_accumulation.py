@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,13 +82,22 @@ def _both_ways(inputs: Path, folder: Path, ranks: Any, *more: str) -> list[Watch
     return ranks(2, _runs, configs)[0]
 
 
+def _said(capfd: pytest.CaptureFixture[str], last: str) -> str:
+    """What the ranks printed; they hand it over when they end, which is later than their results come."""
+    said, until = "", time.monotonic() + 60
+    while last not in said and time.monotonic() < until:
+        said = " ".join(f"{said} {''.join(capfd.readouterr())}".split())
+        time.sleep(0.05)
+    return said
+
+
 def test_fp32(inputs, tmp_path, ranks, capfd) -> None:
     """Losses, norms, gradients; the log says which way it is."""
     fp32 = "model.fsdp_config.model_dtype=fp32"
     old, new = _both_ways(inputs, tmp_path, ranks, fp32, "trainer.logger=[console]")
     assert_same(new, old, 1e-5)
     assert new.norms == pytest.approx(old.norms, rel=1e-5)
-    said = " ".join("".join(capfd.readouterr()).split())
+    said = _said(capfd, "reduced every time")
     for way in ("add up whole on every rank", "add up in each rank's shard"):
         assert said.count(f"gradients of micro-batches {way}") == 1, "rank 0 says it once"
 
