@@ -15,7 +15,6 @@ never waits.
 
 from __future__ import annotations
 
-import mmap
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from sft_job.contract import ExitCode
 from sft_job.errors import JobError
 from sft_job.model.recompute import BlockForward
+from sft_job.pages import own_pages
 
 PAGE_BYTES = 2**25
 """Host memory is taken in pieces of this size, which serve inputs of any length, one after the other."""
@@ -124,6 +124,10 @@ class HostPages:
         """Bytes of a page."""
         self._free: list[Tensor] = []
         self._made = 0
+        self._locked: dict[int, Tensor] = {}
+        if locks is not None:
+            # Memory that is unmapped while it is locked could not be locked when its addresses come again.
+            weakref.finalize(self, _unlock, locks, self._locked).atexit = False
 
     @property
     def held(self) -> int:
@@ -148,12 +152,11 @@ class HostPages:
 
     def _make(self) -> Tensor:
         try:
-            memory = mmap.mmap(-1, self.size)  # begins at a page of the system's and shares none
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                memory.madvise(mmap.MADV_HUGEPAGE)
-            page = torch.frombuffer(memory, dtype=torch.uint8)
+            page = torch.frombuffer(own_pages(self.size), dtype=torch.uint8)
             error = 0 if self._locks is None else int(self._locks.cudaHostRegister(page.data_ptr(), self.size, 0))
             why = f"CUDA error {error}" if error else ""
+            if self._locks is not None and not error:
+                self._locked[page.data_ptr()] = page
         except (OSError, MemoryError, OverflowError) as failure:
             why = str(failure) or "MemoryError"
         if not why:
@@ -171,11 +174,17 @@ class HostPages:
 
     def clear(self) -> None:
         """Give back to the system what is not in use; no copy may be under way."""
-        for page in self._free:
-            if self._locks is not None:
-                self._locks.cudaHostUnregister(page.data_ptr())
+        if self._locks is not None:
+            places = [page.data_ptr() for page in self._free]
+            _unlock(self._locks, {place: self._locked.pop(place) for place in places})
         self._made -= len(self._free)
         self._free.clear()
+
+
+def _unlock(locks: Locks, pages: dict[int, Tensor]) -> None:
+    for place in pages:
+        locks.cudaHostUnregister(place)
+    pages.clear()
 
 
 @dataclass

@@ -133,7 +133,10 @@ class _Pieces(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden = ctx.kept.saved_tensors[0]
+        # Nobody runs that node, so nothing but letting go of it frees what it saved while the loss is held.
+        kept, ctx.kept = ctx.kept, None
+        hidden = kept.saved_tensors[0]
+        del kept
         # Looked up again: FSDP may have put other tensors in the place of those of the forward.
         trained = [parameter for parameter in ctx.mlp.parameters() if parameter.requires_grad]
         totals = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in trained]

@@ -6,6 +6,7 @@ import gc
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -262,6 +263,24 @@ def test_a_step_that_breaks_off_leaks_nothing(where) -> None:
     assert not store._back.waiting  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("plan", [offload_plan(LAYERS, 4), offload_plan(LAYERS, 2)])
+@pytest.mark.parametrize("tile_elements", [1, 2**30])
+def test_a_loss_that_is_held_holds_nothing_else(plan, tile_elements) -> None:
+    """Also where MLPs work in pieces: pages and inputs are let go of in the backward, not with the graph."""
+    store = late_store()
+    module = model(plan, store, tile_elements=tile_elements)
+    inputs, _ = alive_inputs(module)
+    loss = module(pack(600), 7)
+    held = store.pages.held
+    assert store.pages.in_use == held > 0
+    loss.backward()
+    assert store.pages.in_use == 0
+    assert all(each.expired() for each in inputs)
+    again = module(pack(600), 7)
+    assert store.pages.held == held, "the second micro-batch takes the pages of the first"
+    del loss, again
+
+
 def test_a_loss_that_nobody_derives_gives_its_pages_back() -> None:
     store = late_store()
     module = model(offload_plan(LAYERS, 4), store)
@@ -314,6 +333,30 @@ def test_pages_are_locked_once_and_given_back() -> None:
     assert_bits(gradients(module, pack(30)), first)
     assert cuda.locked == locked
     store.clear()
+    assert not cuda.locked
+
+
+class Mapped(Cudart):
+    """Memory that is unlocked must still be there."""
+
+    def cudaHostUnregister(self, start: int, /) -> int:
+        spans = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines()]
+        assert any(int(begin, 16) <= start < int(end, 16) for begin, end in spans)
+        return super().cudaHostUnregister(start)
+
+
+@pytest.mark.parametrize("in_use", [0, 3])
+def test_a_store_that_nobody_cleared_unlocks_its_pages(in_use) -> None:
+    """Else memory at the same addresses could not be locked any more (CUDA error 712)."""
+    cuda = Mapped()
+    pages = HostPages(cuda, 4096)
+    taken = pages.take(3)
+    pages.give_back(taken[in_use:])
+    assert len(cuda.locked) == 3
+    pages.clear()
+    assert len(cuda.locked) == in_use
+    del taken, pages
+    gc.collect()
     assert not cuda.locked
 
 
