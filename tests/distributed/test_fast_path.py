@@ -188,11 +188,11 @@ def _broken_then_whole(config: Any, backward: bool) -> tuple[Watched, int]:
 
         block.forward = fails
         try:
-            job._rehearse()
+            job.capacity.rehearse()
         except torch.OutOfMemoryError:
             broken += 1
         block.forward = real
-        assert job._recover() is hasattr(job.module, "reset_iter_state")
+        assert job.capacity.recover()
 
     return run_job(config, gradients=True, prepared=break_one), broken
 
