@@ -60,7 +60,7 @@ def recovers(world: int, *, managed: bool, resets: bool) -> bool:
 
 
 def torch_resets() -> bool:
-    """Whether the installed torch can reset FSDP after a step that broke off (2.13 and later); where there is none: yes."""
+    """Whether the installed torch resets FSDP after a step that broke off (2.13 and later); if none is there: yes."""
     try:
         major, minor = version("torch").split(".")[:2]
     except PackageNotFoundError:

@@ -87,9 +87,12 @@ _apart: Any = torch.compiler.disable(_pieces)
 
 
 def _split(hidden: Tensor, tokens: int) -> tuple[Tensor, ...]:
-    """Equal pieces, as few as may be, of a multiple of tokens that products like."""
+    """Pieces of a multiple of tokens that products like: of one size, which compiles once, or else as few as may be."""
     total = hidden.shape[-2]
     count = -(-total // tokens)
+    for more in range(count, 2 * count):
+        if total % (more * _MULTIPLE) == 0:
+            return hidden.split(total // more, dim=-2)
     even = -(-total // count)
     return hidden.split(min(tokens, -(-even // _MULTIPLE) * _MULTIPLE), dim=-2)
 

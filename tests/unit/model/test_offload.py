@@ -26,7 +26,7 @@ from sft_job.model.blocks import Blocks, maybe_compiled, offload_plan
 from sft_job.model.causal_lm import CausalLMLoss
 from sft_job.model.loss import row_losses
 from sft_job.model.offload import PAGE_BYTES, HostPages, InputStore, host_bytes
-from sft_job.model.recompute import Recompute
+from sft_job.model.recompute import Recompute, recomputing
 from sft_job.model.supported import decoder_blocks
 from tests.tiny import model_config
 from tests.traced import TRACED
@@ -367,6 +367,56 @@ def test_the_host_gives_no_more(pages, why) -> None:
     with pytest.raises(JobError, match=rf"recompute=offload.*no more: .*{why}") as caught:
         pages.take(2)
     assert caught.value.code is ExitCode.OUT_OF_MEMORY
+
+
+def test_room_is_made_in_advance_as_far_as_the_host_gives_it() -> None:
+    """Nothing breaks off: how many inputs have room is known before a step."""
+    cuda = Cudart(room=7)
+    store = InputStore(CPU, HostPages(cuda, 4096), Late(), Late())
+    assert store.reserve(4, 2 * 4096) == 3
+    assert len(cuda.locked) == 7
+    store.keep(2, 2 * 4096)
+    assert len(cuda.locked) * 4096 == store.pages.held == 4 * 4096
+    assert store.reserve(2, 2 * 4096) == 2
+    store.keep(0, 2 * 4096)
+    assert not cuda.locked
+
+
+def test_reserved_room_serves_the_step() -> None:
+    cuda = Cudart()
+    store = InputStore(CPU, HostPages(cuda, 4096), Late(), Late())
+    assert store.reserve(4, 30 * 32 * 8) == 4
+    held = store.pages.held
+    gradients(model(offload_plan(LAYERS, 4), store), pack(30))
+    assert store.pages.held == held
+
+
+def test_what_could_not_go_is_counted() -> None:
+    """An input that comes by name, or not in one piece, stays; the others are known to have gone."""
+    store = late_store()
+    seen: list[torch.Tensor] = []
+
+    def block(_: Any, hidden: torch.Tensor) -> torch.Tensor:
+        seen.append(hidden)
+        return hidden * 2
+
+    around = store.around(recomputing(block, FULL, (), False), moves=True)
+    given = torch.ones(4, 6, requires_grad=True)
+    module: Any = torch.nn.Module()
+    around(module, given).sum().backward()
+    assert (store.sent, store.stayed) == (1, 0)
+    around(module, hidden=given).sum().backward()
+    assert (store.sent, store.stayed) == (1, 1)
+    around(module, given.t()).sum().backward()
+    assert (store.sent, store.stayed) == (1, 2)
+    with torch.no_grad():
+        around(module, hidden=given)
+    assert (store.sent, store.stayed) == (1, 2)
+    whole = model(offload_plan(LAYERS, 3), other := late_store())
+    gradients(whole, *BATCHES)
+    assert (other.sent, other.stayed) == (3 * len(BATCHES), 0)
+    whole.blocks.set_plan([FULL] * LAYERS)
+    assert other.sent == 0
 
 
 def test_what_an_input_takes() -> None:
