@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Generator, Mapping
@@ -20,7 +21,7 @@ import yaml
 from benchmarks.ceiling import matmul_ceiling
 from benchmarks.outcome import Outcome, say, versions
 from benchmarks.plan import LEARNING_RATE, RunSpec
-from benchmarks.stamps import StepClock
+from benchmarks.stamps import GIB, StepClock
 from benchmarks.tokens import SEED
 from sft_job.checkpoint.start import Start
 from sft_job.checkpoint.state import flat_config
@@ -152,6 +153,14 @@ def main() -> int:
     loader = MarkedLoader(job.loader, clock, spec.all_steps)
     built = time.perf_counter()
     outcome.add(seconds_to_build=built - began)
+
+    def cut_off(*_: object) -> None:
+        """The call's time is over: what is known of memory is written down, without waiting for the device."""
+        kept = job.module.blocks.store
+        outcome.add(cut_off=True, memory={**clock.memory(), "host_inputs_gib": kept.pages.held / GIB if kept else 0.0})
+        os._exit(143)
+
+    signal.signal(signal.SIGTERM, cut_off)
     try:
         replace(job, loader=loader).run()  # pyright: ignore[reportArgumentType]  the loop asks for steps() alone
     except EnoughStepsError:

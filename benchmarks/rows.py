@@ -231,6 +231,21 @@ ROWS: tuple[Row, ...] = (
         reference_steps=0,
     ),
     Row(
+        "qwen7b_20_layers_524288",
+        "qwen2.5-7b-long-20-layers",
+        Side(
+            "ours, offload, 20 of 28 layers",
+            "ours",
+            Tokens(1, 524_288),
+            settings={**_LONG, "model.recompute": "offload"},
+        ),
+        (),
+        "completes, where qwen7b_524288 was cut off",
+        steps=1,
+        warmup=0,
+        reference_steps=0,
+    ),
+    Row(
         "qwen7b_ulysses2_524288",
         "qwen2.5-7b-long",
         Side(

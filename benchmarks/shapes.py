@@ -31,6 +31,7 @@ _QWEN2_7B = {
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen2.5-7b": {**_QWEN2, **_QWEN2_7B},
     "qwen2.5-7b-long": {**_QWEN2, **_QWEN2_7B, "max_position_embeddings": 1048576},
+    "qwen2.5-7b-long-20-layers": {**_QWEN2, **_QWEN2_7B, "max_position_embeddings": 1048576, "num_hidden_layers": 20},
     "qwen2.5-7b-long-7-layers": {**_QWEN2, **_QWEN2_7B, "max_position_embeddings": 1048576, "num_hidden_layers": 7},
     "qwen3-4b": {
         **_QWEN2,

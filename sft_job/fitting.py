@@ -7,13 +7,16 @@ bytes, then whole blocks, the last ones first, because the backward frees them f
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
+from sft_job.config.shares import LARGE_INPUTS
 from sft_job.metrics.meters import GIB
 from sft_job.model.blocks import Blocks, offload_plan
 from sft_job.model.recompute import Recompute
@@ -21,8 +24,6 @@ from sft_job.model.recompute import Recompute
 _MARGIN = 0.05
 """Share of the memory that is left free: pieces that do not fit, kernels' workspaces, other lengths."""
 _TRIES = 4
-_TIGHT = 0.2
-"""Share of the memory from which what ``offload`` spares makes it the first plan to try."""
 
 
 @dataclass(frozen=True)
@@ -126,26 +127,62 @@ class CudaMemory:
 
 
 @dataclass(frozen=True)
+class Guess:
+    """What is known before anything was measured.
+
+    Attributes:
+        keeps_all: everything can surely be kept.
+        spared: bytes of device memory that full recomputation needs above ``offload``.
+        measuring: the same of the plan that measures (``probe_plan``).
+    """
+
+    keeps_all: bool = False
+    spared: int = 0
+    measuring: int = 0
+
+
+@dataclass(frozen=True)
 class Attempt:
     """How a plan is tried.
 
     Attributes:
         rehearse: goes through the longest batch; a collective call.
-        recover: puts the model back after a rehearsal that ran out of memory; False where that cannot be done.
+        recover: puts the model back after a rehearsal that ran out of memory.
+        recovers: that can be done (``config.shares.recovers``); else a rehearsal that runs out ends the run.
         memory: of the device.
         device: on which the ranks exchange numbers.
-        host_blocks: how many blocks' inputs the host has room for; asked when it comes to that (a collective call).
-        spared: bytes of device memory that full recomputation needs above ``offload``, by counting.
-        keeps_all: by the plan (``sft_job.plan``) everything can surely be kept.
+        host_blocks: for how many blocks' inputs the host gave memory; asked when it comes to that (a collective call).
+        guess: what is known before.
     """
 
     rehearse: Callable[[], None]
     recover: Callable[[], bool]
+    recovers: bool
     memory: DeviceMemory
     device: torch.device
     host_blocks: Callable[[], int] = lambda: 0
-    spared: int = 0
-    keeps_all: bool = False
+    guess: Guess = field(default_factory=Guess)
+
+
+class Trial(Enum):
+    """A plan, or a way to find one."""
+
+    EVERYTHING = "everything kept, where that is sure: two rehearsals, and one kind of block to compile"
+    LEAST = "inputs in host memory, to see whether more would fit without running out of memory"
+    MEASURED = "what fits by a measurement of blocks of every kind"
+    FULL = "everything recomputed"
+    OFFLOAD = "inputs in host memory, because nothing else fits"
+
+
+def trials(*, sure: bool, large: bool) -> list[Trial]:
+    """What is tried, in order; the first that fits is taken.
+
+    Args:
+        sure: everything can be kept, by what is known before.
+        large: what ``offload`` spares is a good part of the memory.
+    """
+    first = [trial for trial, wanted in ((Trial.EVERYTHING, sure), (Trial.LEAST, large)) if wanted]
+    return [*first, Trial.MEASURED, Trial.FULL, Trial.OFFLOAD]
 
 
 def fit_recompute(blocks: Blocks, attempt: Attempt) -> str:
@@ -159,22 +196,59 @@ def fit_recompute(blocks: Blocks, attempt: Attempt) -> str:
         A line for the log, empty where there is nothing to choose.
 
     Raises:
-        torch.OutOfMemoryError: the batch does not fit even with everything recomputed, or a plan did not fit on one of
-            several ranks.
+        torch.OutOfMemoryError: the batch does not fit even with everything recomputed and in host memory what may be
+            there, or a plan did not fit and the run cannot recover from that.
     """
-    count, memory = len(blocks.plan), attempt.memory
-    everything = [Recompute.FULL] * count
-    if count < 2:
+    if len(blocks.plan) < 2:
         attempt.rehearse()
         return ""
-    if (found := _everything_kept(blocks, attempt)) is not None:
-        return found
-    if (text := _offloaded_first(blocks, attempt)) is not None:
-        return text
-    blocks.set_plan(probe_plan(count))
+    guess, memory = attempt.guess, attempt.memory
+    # Each rank's memory is another; a trial is made by all or by none.
+    sure = _most(int(not guess.keeps_all), attempt.device) == 0
+    large = _most(guess.spared - int(LARGE_INPUTS * memory.usable()), attempt.device) >= 0
+    for trial in trials(sure=sure and attempt.recovers, large=large):
+        if _TRIALS[trial](blocks, attempt):
+            break
+    return plan_text(blocks.plan, memory.peak(), memory.usable())
+
+
+def _everything_kept(blocks: Blocks, attempt: Attempt) -> bool:
+    memory = attempt.memory
+    blocks.set_plan([Recompute.NONE] * len(blocks.plan))
     if not _went_through(attempt):  # compiles; what that takes is no measure of a step
-        blocks.set_plan(everything)
-        return _everything(blocks, attempt)
+        return False
+    limit = memory.usable()
+    if not _fits(attempt):
+        return False
+    return _most(memory.peak() - int(limit * (1 - _MARGIN)), attempt.device) <= 0
+
+
+def _least(blocks: Blocks, attempt: Attempt) -> bool:
+    """The plan that needs least, twice; False where the memory allows more, on every rank, or the host has no room."""
+    memory, guess = attempt.memory, attempt.guess
+    moved = attempt.host_blocks()
+    if not moved:
+        return False
+    blocks.set_plan(offload_plan(len(blocks.plan), moved))
+    attempt.rehearse()  # compiles
+    memory.release()
+    memory.reset_peak()
+    attempt.rehearse()
+    # One that recovers may try what just fits; of the others the next plan must fit, and by a larger margin.
+    more, margin = (guess.spared, _MARGIN) if attempt.recovers else (max(guess.spared, guess.measuring), 2 * _MARGIN)
+    if _most(memory.peak() + more - int(memory.usable() * (1 - margin)), attempt.device) > 0:
+        return True
+    _clear_host(blocks)
+    memory.release()
+    return False
+
+
+def _measured(blocks: Blocks, attempt: Attempt) -> bool:
+    """Measure blocks of every kind, then go through what fits by that, each time with a larger margin."""
+    count, memory = len(blocks.plan), attempt.memory
+    blocks.set_plan(probe_plan(count))
+    if not _went_through(attempt):  # compiles
+        return False
     memory.reset_peak()
     with blocks.watched(memory.allocated) as kept:
         attempt.rehearse()
@@ -182,73 +256,47 @@ def fit_recompute(blocks: Blocks, attempt: Attempt) -> str:
     peak, limit = memory.peak(), memory.usable()
     for tried in range(1, _TRIES + 1):
         room = Room(count, int(limit * (1 - tried * _MARGIN)), peak, first[0], first[count - 2], first[count - 1])
-        blocks.set_plan(_agreed(least_recompute(room), attempt.device))
-        if blocks.plan == tuple(everything):
-            break
+        plan = _agreed(least_recompute(room), attempt.device)
+        if plan == [Recompute.FULL] * count:
+            return False
+        blocks.set_plan(plan)
         memory.release()
         if _fits(attempt):
-            return plan_text(blocks.plan, memory.peak(), limit)
-    blocks.set_plan(everything)
-    return _everything(blocks, attempt)
+            return True
+    return False
 
 
-def _everything_kept(blocks: Blocks, attempt: Attempt) -> str | None:
-    """Where the plan is sure: two rehearsals and one kind of block to compile, instead of three of each."""
-    nothing, memory = [Recompute.NONE] * len(blocks.plan), attempt.memory
-    sure = nothing if attempt.keeps_all else [Recompute.FULL] * len(nothing)
-    if _agreed(sure, attempt.device) != nothing:
-        return None
-    blocks.set_plan(nothing)
-    if not _went_through(attempt):  # compiles; what that takes is no measure of a step
-        return None
-    limit = memory.usable()
-    if not _fits(attempt):
-        return None
-    above = _most(memory.peak() - int(limit * (1 - _MARGIN)), attempt.device)
-    return None if above > 0 else plan_text(blocks.plan, memory.peak(), limit)
-
-
-def _everything(blocks: Blocks, attempt: Attempt) -> str:
-    """What is left when nothing can be kept: it fits, perhaps with inputs in host memory, or the run ends here."""
+def _full(blocks: Blocks, attempt: Attempt) -> bool:
+    blocks.set_plan([Recompute.FULL] * len(blocks.plan))
     attempt.memory.release()
     attempt.memory.reset_peak()
+    return _went_through(attempt)
+
+
+def _offloaded(blocks: Blocks, attempt: Attempt) -> bool:
+    """The last resort: it fits, or the run ends here."""
+    attempt.memory.release()
     moved = attempt.host_blocks()
-    if not moved:
-        attempt.rehearse()
-    elif not _went_through(attempt):
-        blocks.set_plan(offload_plan(len(blocks.plan), moved))
-        attempt.memory.release()
-        attempt.memory.reset_peak()
-        attempt.rehearse()
-    return plan_text(blocks.plan, attempt.memory.peak(), attempt.memory.usable())
-
-
-def _offloaded_first(blocks: Blocks, attempt: Attempt) -> str | None:
-    """Where inputs are a good part of the memory, the plan that needs least is the first one that is tried.
-
-    Because several ranks cannot go on after one of them ran out of memory.
-
-    Returns:
-        A line for the log where inputs stay in host memory; None where the memory allows more, on every rank.
-    """
-    memory, count = attempt.memory, len(blocks.plan)
-    if _most(attempt.spared - int(_TIGHT * memory.usable()), attempt.device) < 0:
-        return None
-    moved = attempt.host_blocks()
-    if not moved:
-        return None
-    blocks.set_plan(offload_plan(count, moved))
-    attempt.rehearse()  # compiles
-    memory.release()
-    memory.reset_peak()
+    blocks.set_plan(offload_plan(len(blocks.plan), moved))
+    attempt.memory.reset_peak()
     attempt.rehearse()
-    lacking = memory.peak() + attempt.spared - int(memory.usable() * (1 - 2 * _MARGIN))
-    if _most(lacking, attempt.device) <= 0:
-        if blocks.store is not None:
-            blocks.store.clear()
-        memory.release()
-        return None
-    return plan_text(blocks.plan, memory.peak(), memory.usable())
+    return True
+
+
+_TRIALS: Mapping[Trial, Callable[[Blocks, Attempt], bool]] = MappingProxyType(
+    {
+        Trial.EVERYTHING: _everything_kept,
+        Trial.LEAST: _least,
+        Trial.MEASURED: _measured,
+        Trial.FULL: _full,
+        Trial.OFFLOAD: _offloaded,
+    }
+)
+
+
+def _clear_host(blocks: Blocks) -> None:
+    if blocks.store is not None:
+        blocks.store.clear()
 
 
 def _most(value: int, device: torch.device) -> int:
@@ -262,8 +310,7 @@ def _went_through(attempt: Attempt) -> bool:
     try:
         attempt.rehearse()
     except torch.OutOfMemoryError:
-        # The other ranks of several are in a collective by now.
-        if dist.get_world_size() > 1 or not attempt.recover():
+        if not attempt.recovers or not attempt.recover():
             raise
         return False
     return True

@@ -86,13 +86,24 @@ def host_need(config: JobConfig, hf_config: Any, compute: torch.dtype, tokens: i
     return HostNeed(size, max(0, text.num_hidden_layers - 1), ranks, here, compute.itemsize)
 
 
-def offload_text(plan: Sequence[Recompute], need: HostNeed) -> str:
-    """A line for the log: what waits in host memory; empty where nothing does."""
-    moved = plan.count(Recompute.OFFLOAD)
-    size = need.input_bytes * moved
-    if not moved:
+def offload_text(plan: Sequence[Recompute], need: HostNeed, sent: int, stayed: int) -> str:
+    """A line for the log: what waits in host memory; empty where nothing should.
+
+    Args:
+        plan: of the blocks.
+        need: what an input takes.
+        sent: inputs that went to host memory, in any number of forwards.
+        stayed: inputs of blocks of the plan that could not go.
+    """
+    planned = plan.count(Recompute.OFFLOAD)
+    if not planned or not sent + stayed:
         return ""
-    return (
+    moved = planned * sent // (sent + stayed)
+    size = need.input_bytes * moved
+    text = (
         f"offload: the inputs of {moved} of {len(plan)} blocks wait in host memory: {size / _GIB:.1f} GiB for each "
         f"rank, {size * need.ranks / _GIB:.1f} GiB on a node of {need.ranks}"
     )
+    if moved < planned:
+        text += f"; those of {planned - moved} more stay on the device, for they come by name or not in one piece"
+    return text

@@ -6,15 +6,15 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from sft_job import __version__
 from sft_job.announce import tell_start
+from sft_job.capacity import Capacity
 from sft_job.checkpoint.checkpointer import ADAPTER, HUGGINGFACE, Checkpointer
 from sft_job.checkpoint.distributed import on_every_rank, on_first_rank
 from sft_job.checkpoint.files import Files
@@ -35,7 +35,7 @@ from sft_job.config.load import run_folder
 from sft_job.config.schema import JobConfig
 from sft_job.contract import Env, ExitCode, RunFolder
 from sft_job.costs import packing_of
-from sft_job.data.batches import BatchLoader, PackedBatch
+from sft_job.data.batches import BatchLoader
 from sft_job.data.mixture import Mixture, Rows, named_caches, training_order
 from sft_job.data.order import FileOrder, StepRows
 from sft_job.data.places import open_places
@@ -44,14 +44,12 @@ from sft_job.deadline import REASON as DEADLINE
 from sft_job.errors import JobError
 from sft_job.evaluate import EvaluationRows, ValidationLoss, validation_loss
 from sft_job.export import export_live
-from sft_job.fitting import Attempt, CudaMemory, fit_recompute
 from sft_job.forensics import BadSteps, decoder
-from sft_job.host import HostNeed, host_need, offload_text
+from sft_job.host import host_need
 from sft_job.lock import confirm_lock
-from sft_job.memory import is_out_of_memory, memory_by_kind, out_of_memory_text, remedies, shapes_text
 from sft_job.metrics.flops import FlopsShape, model_flops, peak_flops
 from sft_job.metrics.loggers import Loggers, make_loggers
-from sft_job.metrics.meters import GIB, StepMeter
+from sft_job.metrics.meters import StepMeter
 from sft_job.model.build import build_model
 from sft_job.model.causal_lm import CausalLMLoss
 from sft_job.model.fp8 import token_multiple
@@ -59,14 +57,11 @@ from sft_job.model.lora import uses_lora
 from sft_job.model.precision import precision_of
 from sft_job.optimizer import build_optimizer
 from sft_job.parallel.accumulation import build_accumulation
-from sft_job.parallel.fsdp import forget_broken_step
 from sft_job.parallel.mesh import Mesh, build_mesh
-from sft_job.plan.guess import keeps_everything, planned_remedy
-from sft_job.plan.setup import Ranks
 from sft_job.processes import host_room
 from sft_job.pulse import FINISHING, LOADING, TRAINING
-from sft_job.rehearsal import longest_batches, longest_tokens, rehearse, step_accumulates
-from sft_job.runtime import Runtime, StopWish, agree, peak_memory
+from sft_job.rehearsal import longest_batches, longest_tokens, step_accumulates
+from sft_job.runtime import Runtime, StopWish, agree
 from sft_job.trainer import Ending, Schedule, Trainer
 
 log = logging.getLogger(__name__)
@@ -88,8 +83,7 @@ class Job:
         loggers: on rank 0, None elsewhere.
         store: a second place for checkpoints, on rank 0 where one is set.
         checkpointer: saves.
-        longest: micro-batches of the rehearsal, the largest that the run will meet; empty = none.
-        host: host memory that blocks' inputs can take.
+        capacity: sees that the longest batch fits.
     """
 
     config: JobConfig
@@ -101,8 +95,7 @@ class Job:
     loggers: Loggers | None
     store: RemoteStore | None
     checkpointer: Checkpointer
-    longest: list[PackedBatch]
-    host: HostNeed
+    capacity: Capacity
 
     def run(self) -> Ending:
         """Train to the end or to a stop (a collective call).
@@ -111,103 +104,16 @@ class Job:
             JobError: with the exit code of what went wrong; 88 where device memory ran out.
         """
         first, last = self.trainer.state.step, self.trainer.schedule.total_steps
-        with self._memory_explained("in the rehearsal of the longest batch, before step"):
-            self._rehearse()
+        with self.capacity.explained("in the rehearsal of the longest batch, before step"):
+            self.capacity.rehearse()
         self.runtime.pulse.enter(TRAINING)
-        with self._memory_explained("at step"), contextlib.closing(self.loader.steps(first, last)) as batches:
+        with self.capacity.explained("at step"), contextlib.closing(self.loader.steps(first, last)) as batches:
             ending = self.trainer.run(batches)
         self.runtime.pulse.enter(FINISHING)
         if self.store is not None:
             # A scheduler that asked for a stop will not wait for an upload; the end of a run does.
             self.store.close(_STOP_UPLOAD_SECONDS if ending.stopped else 0.8 * self.config.trainer.timeout_seconds)
         return ending
-
-    def _rehearse(self) -> None:
-        if not self.longest:
-            return
-
-        def once() -> None:
-            rehearse(self.trainer.accumulate, self.module, self.optimizer, self.longest)
-
-        if _chooses_recompute(self.config, self.runtime.device):
-            device = self.runtime.device
-            memory = CudaMemory(device)
-            sure = keeps_everything(
-                *self._for_plan(self.longest[0]), memory.usable(), accumulates=len(self.longest) > 1
-            )
-            spared = self.module.blocks.spared(self.host.tokens, self.host.input_bytes, self.host.element_bytes)
-            attempt = Attempt(once, self._recover, memory, device, self._host_blocks, spared, sure)
-            plan = fit_recompute(self.module.blocks, attempt)
-            if self.loggers is not None and plan:
-                self.loggers.message(plan)
-        else:
-            once()
-        peak = peak_memory(self.runtime.device)
-        if self.loggers is not None:
-            ulysses = self.config.ulysses_sequence_parallel_size
-            used = f", peak memory {peak / GIB:.1f} GiB" if peak is not None else ""
-            self.loggers.message(f"rehearsal: {shapes_text(self.longest[0], ulysses)}{used}")
-            if text := offload_text(self.module.blocks.plan, self.host):
-                self.loggers.message(text)
-
-    def _host_blocks(self) -> int:
-        """How many blocks' inputs every node has room for, besides the copy of the state that is being made."""
-        while not self.checkpointer.ready:
-            time.sleep(0.1)
-        blocks = self.host.blocks_within(host_room()) if self.module.blocks.can_offload else 0
-        return min(on_every_rank(lambda: blocks))
-
-    @property
-    def _ranks(self) -> Ranks:
-        here = self.host.ranks
-        return Ranks(here, max(1, self.runtime.world // here))
-
-    def _for_plan(self, batch: PackedBatch) -> tuple[JobConfig, dict[str, Any], Ranks, tuple[int, ...]]:
-        return self.config, self.module.lm.config.to_dict(), self._ranks, batch.document_lengths
-
-    def _planned_remedy(self, batch: PackedBatch | None) -> str:
-        """The smallest change that fits by the plan; a fault in it must not hide what went wrong."""
-        if batch is not None and self.runtime.device.type == "cuda":
-            with contextlib.suppress(Exception):
-                usable = CudaMemory(self.runtime.device).usable()
-                return planned_remedy(
-                    *self._for_plan(batch),
-                    usable,
-                    accumulates=len(self.longest) > 1,
-                    sums_shards=self.trainer.accumulation.shard_alone,
-                    host=host_room(),
-                )
-        return ""
-
-    @property
-    def _sums_whole(self) -> bool:
-        """Every rank adds up gradients of all parameters, as far as the rehearsal tells."""
-        return len(self.longest) > 1 and not self.trainer.accumulation.shard_alone
-
-    def _recover(self) -> bool:
-        """After a rehearsal that broke off; what it left of gradients would be added to the first step's."""
-        self.optimizer.zero_grad()
-        self.trainer.accumulation.forget()
-        return forget_broken_step(self.module)
-
-    @contextlib.contextmanager
-    def _memory_explained(self, stage: str) -> Iterator[None]:
-        """Turn a lack of device memory into what it was for, where all of it is, and what would need less (88)."""
-        try:
-            yield
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            batch, config, rank = self.trainer.working_on, self.config, self.runtime.rank
-            where = f"{stage} {self.trainer.state.step + 1} on rank {rank}"
-            if batch is not None:
-                where += f": {shapes_text(batch, config.ulysses_sequence_parallel_size)}"
-            kinds = memory_by_kind(self.module, self.optimizer, self.runtime.device, self.trainer.accumulation.sums)
-            longest = batch.max_seqlen if batch else config.data.max_length
-            advice = remedies(
-                config, longest, self.runtime.world, self._planned_remedy(batch), whole_gradients=self._sums_whole
-            )
-            raise JobError(ExitCode.OUT_OF_MEMORY, out_of_memory_text(error, where, kinds, advice)) from error
 
     def close(self) -> None:
         """Close what is still open, also after an error; one that cannot be closed leaves none of the others open.
@@ -363,13 +269,8 @@ def build_job(config: JobConfig, runtime: Runtime, stop: StopWish, start: Start,
     )
     loader = _loader(config, rows, order, mesh)
     longest = longest_batches(config, rows, loader, accumulates=accumulates)
-    return Job(config, runtime, module, optimizer, trainer, loader, loggers, store, checkpointer, longest, host)
-
-
-def _chooses_recompute(config: JobConfig, device: torch.device) -> bool:
-    """Not where bits count: another plan adds up in another order."""
-    model, free = config.model, device.type == "cuda" and not config.trainer.deterministic
-    return free and model.recompute == "auto" and model.enable_gradient_checkpointing
+    capacity = Capacity(config, runtime, module, optimizer, trainer, checkpointer, longest, host, loggers)
+    return Job(config, runtime, module, optimizer, trainer, loader, loggers, store, checkpointer, capacity)
 
 
 def make_schedule(config: JobConfig, steps_per_epoch: int) -> Schedule:

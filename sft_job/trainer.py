@@ -270,6 +270,7 @@ class Trainer:
                 loss = self._module(micro.to(self._runtime.device), num_targets)
                 loss.backward()
             total = total + loss.detach()
+            del loss  # with what its graph still holds, before the next forward
         return total
 
     def _advance(self, batch: StepBatch, result: StepResult) -> None:

@@ -107,6 +107,7 @@ class Checkpointer:
         self._confirm = confirm
         agreed: str = self._on_first(lambda: token or uuid.uuid4().hex)
         self._writing = Writing(run, agreed, self._group, policy.keep, confirm, on_published, self._files)
+        self._device = device
         self._staging = Staging(device)
         self._flight: _Flight | None = None
         self._measured: dict[tuple[bool, tuple[str, ...]], int] = {}
@@ -128,8 +129,28 @@ class Checkpointer:
         if self._asynchronous and not self._fits_memory(trained, host_taken):
             self._asynchronous = False
         if self._asynchronous:
-            self._staging.guard(self._optimizer)
-            self._staging.reserve([p for p in trained for _ in range(3)])  # with AdamW's two moments
+            self._reserve()
+
+    def _reserve(self) -> None:
+        trained = [p for p in self._module.parameters() if p.requires_grad]
+        self._staging.guard(self._optimizer)
+        self._staging.reserve([p for p in trained for _ in range(3)])  # with AdamW's two moments
+
+    @property
+    def copies(self) -> bool:
+        """Saves are made beside the training, from a copy of the state in host memory; the same on every rank."""
+        return self._asynchronous
+
+    def give_up_copy(self) -> None:
+        """Give the copy's memory back to the host: saves are waited for. No save may be in flight."""
+        self._asynchronous = False
+        self._staging.close()
+
+    def take_copy(self) -> None:
+        """Make room for the copy again, after ``give_up_copy``."""
+        self._asynchronous = True
+        self._staging = Staging(self._device)
+        self._reserve()
 
     @property
     def ready(self) -> bool:

@@ -6,7 +6,6 @@ optimizer step waits, on the device, until they are done. Memory is locked on a 
 
 from __future__ import annotations
 
-import mmap
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -15,6 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from sft_job.pages import own_pages
 
 _Kind = tuple[Any, ...]
 _LOCK_FROM = 1 << 20
@@ -179,10 +180,7 @@ def host_twin(tensor: Tensor) -> Tensor:
     local = _local(host)
     if local.nbytes < _LOCK_FROM:
         return host
-    pages = mmap.mmap(-1, local.nbytes)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    memory = torch.frombuffer(pages, dtype=torch.uint8)
+    memory = torch.frombuffer(own_pages(local.nbytes), dtype=torch.uint8)
     local.set_(memory.untyped_storage(), 0, local.shape, local.stride())
     if _local(host).data_ptr() != memory.data_ptr():
         raise AssertionError("a DTensor's to_local() gave a copy of its shard")

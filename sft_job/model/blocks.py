@@ -72,6 +72,8 @@ class Blocks:
     def set_plan(self, plan: Sequence[Recompute]) -> None:
         """Say what each block computes again, from the next forward on."""
         self.plan = tuple(plan)
+        if self.store is not None:
+            self.store.count_anew()
         moved = Recompute.OFFLOAD in self.plan
         for block, plain, recompute in zip(self._blocks, self._plain, plan, strict=True):
             key = (plain, recompute, moved)
@@ -86,7 +88,9 @@ class Blocks:
         return self.store is not None and len(self._blocks) > 1
 
     def spared(self, tokens: int, input_bytes: int, element_bytes: int) -> int:
-        """Device memory that full recomputation needs above a plan with ``offload``, by counting.
+        """Device memory that full recomputation needs above a plan with ``offload``, by counting; it may be less.
+
+        Inputs and the MLP's tensors, which need not be there at the same time: ``plan.guess.spared`` knows better.
 
         Args:
             tokens: of this rank.

@@ -10,12 +10,12 @@ back writes memory that the allocator has for the computing stream, so it comes 
 so far; it starts a block before its input is needed, and the computing stream waits for it before it reads, or gives
 the memory up. Hence a page of host memory comes back to the pool only when the computing stream is behind the copy that
 read it, and as copies to the host are behind the computing stream, none writes a page that is still read. The CPU
-never waits.
+waits where pages are made and locked, which is in the first step or before it, and in ``clear``; in no other step.
 """
 
 from __future__ import annotations
 
-import mmap
+import contextlib
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from sft_job.contract import ExitCode
 from sft_job.errors import JobError
 from sft_job.model.recompute import BlockForward
+from sft_job.pages import own_pages
 
 PAGE_BYTES = 2**25
 """Host memory is taken in pieces of this size, which serve inputs of any length, one after the other."""
@@ -124,6 +125,10 @@ class HostPages:
         """Bytes of a page."""
         self._free: list[Tensor] = []
         self._made = 0
+        self._locked: dict[int, Tensor] = {}
+        if locks is not None:
+            # Memory that is unmapped while it is locked could not be locked when its addresses come again.
+            weakref.finalize(self, _unlock, locks, self._locked).atexit = False
 
     @property
     def held(self) -> int:
@@ -148,12 +153,11 @@ class HostPages:
 
     def _make(self) -> Tensor:
         try:
-            memory = mmap.mmap(-1, self.size)  # begins at a page of the system's and shares none
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                memory.madvise(mmap.MADV_HUGEPAGE)
-            page = torch.frombuffer(memory, dtype=torch.uint8)
+            page = torch.frombuffer(own_pages(self.size), dtype=torch.uint8)
             error = 0 if self._locks is None else int(self._locks.cudaHostRegister(page.data_ptr(), self.size, 0))
             why = f"CUDA error {error}" if error else ""
+            if self._locks is not None and not error:
+                self._locked[page.data_ptr()] = page
         except (OSError, MemoryError, OverflowError) as failure:
             why = str(failure) or "MemoryError"
         if not why:
@@ -165,17 +169,38 @@ class HostPages:
             "trainer.async_save=false, or a higher ulysses_sequence_parallel_size",
         )
 
+    def reserve(self, count: int) -> int:
+        """Make pages in advance, so that none is lacking in the middle of a step.
+
+        Returns:
+            How many there are now that hold nothing: fewer where the host has no more, or will not lock it.
+        """
+        while len(self._free) < count:
+            try:
+                self._free.append(self._make())
+            except JobError:
+                break
+            self._made += 1
+        return len(self._free)
+
     def give_back(self, pages: list[Tensor]) -> None:
         """Pages that hold nothing any more."""
         self._free.extend(pages)
 
-    def clear(self) -> None:
-        """Give back to the system what is not in use; no copy may be under way."""
-        for page in self._free:
-            if self._locks is not None:
-                self._locks.cudaHostUnregister(page.data_ptr())
-        self._made -= len(self._free)
-        self._free.clear()
+    def clear(self, keep: int = 0) -> None:
+        """Give back to the system what is not in use, but for so many pages; no copy may be under way."""
+        surplus = self._free[keep:]
+        if self._locks is not None:
+            places = [page.data_ptr() for page in surplus]
+            _unlock(self._locks, {place: self._locked.pop(place) for place in places})
+        self._made -= len(surplus)
+        del self._free[keep:]
+
+
+def _unlock(locks: Locks, pages: dict[int, Tensor]) -> None:
+    for place in pages:
+        locks.cudaHostUnregister(place)
+    pages.clear()
 
 
 @dataclass
@@ -220,6 +245,32 @@ class InputStore:
         self._back = back if back is not None else CudaLane(device) if cuda else AtOnce()
         self._leaving: list[tuple[Tensor, Mark]] = []
         self._top: Callable[[], _Held | None] = lambda: None
+        self.sent = 0
+        """Inputs that went to host memory since ``count_anew``."""
+        self.stayed = 0
+        """Inputs that should have gone and could not: no first argument, or not in one piece."""
+
+    def count_anew(self) -> None:
+        """Forget how many inputs went out."""
+        self.sent = self.stayed = 0
+
+    def reserve(self, inputs: int, input_bytes: int) -> int:
+        """Make room for so many inputs in advance.
+
+        Returns:
+            For how many there is room: fewer where the host has no more, or will not lock it.
+        """
+        pages = -(-input_bytes // self.pages.size)
+        found = min(inputs, self.pages.reserve(inputs * pages) // pages) if pages else inputs
+        if found < inputs and self._device.type == "cuda":
+            # CUDA keeps the refusal and would raise it at the next kernel, which may as well be this one.
+            with contextlib.suppress(RuntimeError):
+                torch.empty(1, device=self._device).fill_(0.0)
+        return found
+
+    def keep(self, inputs: int, input_bytes: int) -> None:
+        """Let go of what was reserved for more inputs than these; no copy may be under way."""
+        self.pages.clear(inputs * -(-input_bytes // self.pages.size))
 
     def around(self, forward: BlockForward, *, moves: bool) -> BlockForward:
         """A block's forward whose input waits in host memory.
@@ -230,7 +281,10 @@ class InputStore:
         """
 
         def run(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if not torch.is_grad_enabled() or not args or not isinstance(args[0], Tensor):
+            if not torch.is_grad_enabled():
+                return forward(block, *args, **kwargs)
+            if not args or not isinstance(args[0], Tensor):
+                self.stayed += moves
                 return forward(block, *args, **kwargs)
             # Its place and not the tensor: the graph holds on to ``pack``.
             place, shape = args[0].data_ptr(), args[0].shape
@@ -239,8 +293,11 @@ class InputStore:
                 same = saved.data_ptr() == place and saved.shape == shape
                 return self._hold(saved.detach(), moves=moves) if same and saved.is_contiguous() else saved
 
+            before = self.sent
             with saved_tensors_hooks(pack, self._unpack):
-                return forward(block, *args, **kwargs)
+                out = forward(block, *args, **kwargs)
+            self.stayed += moves and self.sent == before
+            return out
 
         return run
 
@@ -262,6 +319,7 @@ class InputStore:
                 page[: piece.numel()].copy_(piece, non_blocking=True)
 
         self._leaving.append((hidden, self._out.run(copy)))
+        self.sent += 1
         return _Slot(pages)
 
     def _settle(self) -> None:

@@ -87,9 +87,12 @@ _apart: Any = torch.compiler.disable(_pieces)
 
 
 def _split(hidden: Tensor, tokens: int) -> tuple[Tensor, ...]:
-    """Equal pieces, as few as may be, of a multiple of tokens that products like."""
+    """Pieces of a multiple of tokens that products like: of one size, which compiles once, or else as few as may be."""
     total = hidden.shape[-2]
     count = -(-total // tokens)
+    for more in range(count, 2 * count):
+        if total % (more * _MULTIPLE) == 0:
+            return hidden.split(total // more, dim=-2)
     even = -(-total // count)
     return hidden.split(min(tokens, -(-even // _MULTIPLE) * _MULTIPLE), dim=-2)
 
@@ -133,7 +136,10 @@ class _Pieces(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden = ctx.kept.saved_tensors[0]
+        # Nobody runs that node, so nothing but letting go of it frees what it saved while the loss is held.
+        kept, ctx.kept = ctx.kept, None
+        hidden = kept.saved_tensors[0]
+        del kept
         # Looked up again: FSDP may have put other tensors in the place of those of the forward.
         trained = [parameter for parameter in ctx.mlp.parameters() if parameter.requires_grad]
         totals = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in trained]

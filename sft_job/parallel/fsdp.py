@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -82,19 +83,27 @@ def sum_gradients(modules: Iterable[nn.Module], sharding: Sharding) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
+def can_reset(root: nn.Module) -> bool:
+    """Whether this torch can reset FSDP after a step that broke off: 2.13 and later."""
+    return hasattr(root, "reset_iter_state")
+
+
 def forget_broken_step(root: nn.Module) -> bool:
     """Make FSDP ready for a forward after one, or its backward, broke off with an error; gradients are not touched.
 
     Without it the next backward would go on where that one stood, and some gradients would never be reduced.
 
+    What FSDP leaves whole is no DTensor; where that is everything, its hooks have nothing to gather or to reduce,
+    whatever they remember.
+
     Returns:
-        False where this torch cannot do it.
+        False where it cannot be done: an older torch, and parameters that FSDP holds.
     """
     reset = getattr(root, "reset_iter_state", None)  # torch 2.13 and later
-    if reset is None:
-        return False
-    reset()
-    return True
+    if reset is not None:
+        reset()
+        return True
+    return not any(isinstance(parameter, DTensor) for parameter in root.parameters())
 
 
 def tied_once(module: nn.Module, preferred: set[str]) -> dict[str, torch.Tensor]:

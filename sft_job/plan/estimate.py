@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sft_job.config.schema import JobConfig
+from sft_job.config.shares import LARGE_INPUTS, recovers, torch_resets
 from sft_job.data.heaviest import accumulates, heaviest_rows
 from sft_job.data.packing import pack_settings, plan_batch
 from sft_job.metrics.flops import model_flops
@@ -25,8 +26,6 @@ MARGIN = 0.08
 """Share of the memory that must be left free before a plan is said to fit: how far the model may be off."""
 _AUTO_MARGIN = 0.05
 """Share that ``model.recompute: auto`` leaves free at its first try, as ``fitting`` has it."""
-_TIGHT = 0.2
-"""Share of the memory from which what ``offload`` spares makes it the first plan that several ranks try, likewise."""
 _BATCHES, _ROUNDS = 4, 16
 _MANY = 20_000
 _START_SECONDS = 60.0
@@ -201,14 +200,22 @@ def estimate(config: JobConfig, shape: Shape, card: Card, ranks: Ranks, rows: Ro
 def _last_resort(shape: Shape, setup: Setup, micro: Micro, usable: float) -> Footprint:
     """What ``auto`` falls back to, as ``fitting`` does.
 
-    Of several ranks none can go on after one of them ran out of memory: what is measured first must fit there, and that
-    is the plan with inputs in host memory only where it spares much.
+    Where a run cannot go on after it ran out of memory (several ranks, older torch), what is measured first must fit,
+    and that is the plan with inputs in host memory only where it spares much.
     """
     moved = footprint(shape, setup, micro, levels_of(OFFLOAD, shape.layers))
     whole = footprint(shape, setup, micro, levels_of(FULL, shape.layers))
-    if setup.ranks.world == 1 or shape.layers < 2 or whole.peak - moved.peak > _TIGHT * usable:
+    goes_on = recovers(setup.ranks.world, managed=_managed(setup), resets=torch_resets())
+    if goes_on or shape.layers < 2 or whole.peak - moved.peak >= LARGE_INPUTS * usable:
         return moved
     return footprint(shape, setup, micro, (FULL,) * (shape.layers - 2) + (ATTENTION, NONE))
+
+
+def _managed(setup: Setup) -> bool:
+    """FSDP holds some parameter: of LoRA the adapters, unless they are computed with as they are."""
+    if not setup.rank:
+        return setup.managed
+    return setup.offload or setup.accumulates or max(4, setup.storage) != setup.compute
 
 
 def _step(config: JobConfig, shape: Shape, card: Card, found: Estimate, rows: Rows) -> Step:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from sft_job.config.schema import JobConfig
-from sft_job.plan.activations import NONE
+from sft_job.plan.activations import ATTENTION, FULL, NONE, OFFLOAD
 from sft_job.plan.cards import CARDS
 from sft_job.plan.estimate import Rows, largest_micro
-from sft_job.plan.footprint import PROCESS, footprint
+from sft_job.plan.footprint import PROCESS, footprint, levels_of
 from sft_job.plan.prices import SUMS, Case, change_words, smallest_change, with_changes
 from sft_job.plan.setup import GIB, Ranks
 from sft_job.plan.shape import KNOWN, read_shape
@@ -110,3 +110,29 @@ def planned_remedy(
     note = remedy.note.removeprefix("more GPUs").removeprefix("; ")
     text = "; ".join(filter(None, (", ".join(costs), note)))
     return f"{words} is the smallest change that fits by `sft-job plan` ({text})"
+
+
+def needs_above_offload(
+    config: JobConfig,
+    model: Mapping[str, Any],
+    ranks: Ranks,
+    documents: Sequence[int],
+    usable: float,
+    *,
+    accumulates: bool,
+) -> tuple[int, int] | None:
+    """Bytes of device memory that other plans need above one with inputs in host memory; None where that is not known.
+
+    Of full recomputation, and of the plan that measures (the last two blocks keep more). Not a sum of what is held, for
+    not all of it is there at the same time. The arguments are those of ``keeps_everything``.
+    """
+    if not documents or model.get("model_type") not in KNOWN:
+        return None
+    case = _case(config, model, ranks, documents, usable, accumulates=accumulates)
+    micro, _ = largest_micro(config, case.rows)
+    layers, setup = case.shape.layers, case.setup()
+    if layers < 2:
+        return None
+    plans = levels_of(OFFLOAD, layers), levels_of(FULL, layers), (FULL,) * (layers - 2) + (ATTENTION, NONE)
+    moved, full, probe = (footprint(case.shape, setup, micro, levels).peak for levels in plans)
+    return int(full - moved), int(probe - moved)

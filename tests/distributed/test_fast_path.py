@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from tests.distributed.runs import Watched, run_job, run_jobs, seed_config
 
@@ -167,8 +168,8 @@ def test_lora_over_a_whole_base_resumes_and_exports(inputs, tmp_path, ranks, sha
     assert rest.losses == pytest.approx(sharded[0].losses[1:], rel=1e-12)
 
 
-def _broken_then_whole(config: Any, backward: bool) -> tuple[Watched, int]:
-    """A run whose first rehearsal runs out of memory in the middle, and which goes on."""
+def _broken_then_whole(config: Any, backward: bool, resets: bool = True) -> tuple[Watched, int]:
+    """A run whose first rehearsal runs out of memory in the middle, and which goes on, also without FSDP's reset."""
     broken = 0
 
     def break_one(job: Any) -> None:
@@ -188,11 +189,16 @@ def _broken_then_whole(config: Any, backward: bool) -> tuple[Watched, int]:
 
         block.forward = fails
         try:
-            job._rehearse()
+            job.capacity.rehearse()
         except torch.OutOfMemoryError:
             broken += 1
         block.forward = real
-        assert job._recover() is hasattr(job.module, "reset_iter_state")
+        if resets:
+            assert job.capacity.recover()
+        else:  # as a torch that has none would leave it
+            assert not any(isinstance(parameter, DTensor) for parameter in job.module.parameters())
+            job.optimizer.zero_grad()
+            job.trainer.accumulation.forget()
 
     return run_job(config, gradients=True, prepared=break_one), broken
 
@@ -202,5 +208,14 @@ def _broken_then_whole(config: Any, backward: bool) -> tuple[Watched, int]:
 def test_a_run_goes_on_after_a_rehearsal_that_broke_off(inputs, tmp_path, ranks, reference, backward, more) -> None:
     """Neither left-over gradients nor a half-way FSDP: as fitting needs it when a plan does not fit."""
     found, broken = ranks(1, _broken_then_whole, config_of(inputs, tmp_path / "run", more), backward)[0]
+    assert broken == 1
+    assert_same(found, reference)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_where_fsdp_holds_nothing_there_is_nothing_to_reset(inputs, tmp_path, ranks, reference, backward) -> None:
+    """One rank whose micro-batch is its step: torch 2.11 can go on too."""
+    config = config_of(inputs, tmp_path / "run", ONE_MICRO_BATCH)
+    found, broken = ranks(1, _broken_then_whole, config, backward, False)[0]
     assert broken == 1
     assert_same(found, reference)

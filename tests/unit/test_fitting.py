@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sft_job import fitting
-from sft_job.fitting import Attempt, Room, fit_recompute, least_recompute, plan_text, probe_plan
+from sft_job.fitting import Attempt, Guess, Room, Trial, fit_recompute, least_recompute, plan_text, probe_plan, trials
 from sft_job.metrics.meters import GIB
 from sft_job.model.attention.choose import BACKENDS
 from sft_job.model.blocks import Blocks
@@ -147,7 +147,7 @@ def _one_rank() -> Iterator[None]:
 
 
 def fitted(
-    card: Card, count: int = 8, host: int = 0, spared: int = 0, *, keeps_all: bool = False
+    card: Card, count: int = 8, host: int = 0, spared: int = 0, *, measuring: int = 0, keeps_all: bool = False
 ) -> tuple[str, tuple[Recompute, ...]]:
     modules = [Block() for _ in range(count)]
     sdpa = next(b for b in BACKENDS if b.name == "sdpa")
@@ -164,7 +164,8 @@ def fitted(
             module(torch.zeros(()))
         card.taken = 0
 
-    attempt = Attempt(rehearse, card.recover, card, torch.device("cpu"), lambda: host, spared, keeps_all)
+    guess = Guess(keeps_all, spared, measuring or spared)
+    attempt = Attempt(rehearse, card.recover, card.recoverable, card, torch.device("cpu"), lambda: host, guess)
     text = fit_recompute(blocks, attempt)
     assert card.tried[-1] == blocks.plan, "the plan was gone through"
     assert card.held == 0
@@ -275,6 +276,34 @@ def test_where_large_inputs_fit_as_much_is_kept_as_ever() -> None:
     card = Card(300)
     assert fitted(card, host=7, spared=20)[1] == wanted
     assert OFFLOAD not in card.tried[0], "inputs are a small part here"
+
+
+def test_the_order_of_trials() -> None:
+    rest = [Trial.MEASURED, Trial.FULL, Trial.OFFLOAD]
+    assert trials(sure=False, large=False) == rest
+    assert trials(sure=True, large=False) == [Trial.EVERYTHING, *rest]
+    assert trials(sure=False, large=True) == [Trial.LEAST, *rest]
+
+
+def test_where_full_just_fits_one_that_recovers_takes_it() -> None:
+    """180 of 200 with everything recomputed; the measuring plan needs 230. What cannot recover stays with offload."""
+    card = Card(200)
+    assert fitted(card, host=7, spared=70, measuring=120)[1] == (FULL,) * 8
+    assert card.recovered == 1, "of the measuring plan"
+    card = Card(200, recoverable=False)
+    assert fitted(card, host=7, spared=70, measuring=120)[1] == (OFFLOAD,) * 7 + (FULL,)
+
+
+def test_where_the_measuring_plan_fits_nothing_need_be_recovered_from() -> None:
+    card = Card(300, recoverable=False)
+    assert fitted(card, host=7, spared=70, measuring=120)[1] == fitted(Card(300))[1]
+
+
+def test_what_cannot_recover_is_not_daring() -> None:
+    """Older torch: on one rank too, what the plan is sure of is measured first."""
+    card = Card(600, recoverable=False)
+    fitted(card, keeps_all=True)
+    assert card.tried[0] == tuple(probe_plan(8))
 
 
 def _worst(values: list[int]) -> int:

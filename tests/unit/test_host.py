@@ -54,8 +54,15 @@ def test_blocks_that_fit(size: int, blocks: int, ranks: int, room: int) -> None:
 def test_the_line_for_the_log() -> None:
     need = HostNeed(GIB, 3, 2, 1, 2)
     plan = [Recompute.OFFLOAD] * 2 + [Recompute.FULL] * 2
-    text = offload_text(plan, need)
+    text = offload_text(plan, need, 4, 0)
     assert text == (
         "offload: the inputs of 2 of 4 blocks wait in host memory: 2.0 GiB for each rank, 4.0 GiB on a node of 2"
     )
-    assert offload_text([Recompute.FULL], need) == ""
+    assert offload_text([Recompute.FULL], need, 0, 0) == ""
+
+
+def test_what_stayed_is_not_said_to_have_gone() -> None:
+    need, plan = HostNeed(GIB, 3, 2, 1, 2), [Recompute.OFFLOAD] * 2 + [Recompute.FULL] * 2
+    assert "of 0 of 4 blocks wait in host memory: 0.0 GiB" in offload_text(plan, need, 0, 2)
+    assert "of 1 of 4 blocks" in (text := offload_text(plan, need, 2, 2))
+    assert "those of 1 more stay on the device" in text

@@ -6,6 +6,7 @@ import gc
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from sft_job.model.blocks import Blocks, maybe_compiled, offload_plan
 from sft_job.model.causal_lm import CausalLMLoss
 from sft_job.model.loss import row_losses
 from sft_job.model.offload import PAGE_BYTES, HostPages, InputStore, host_bytes
-from sft_job.model.recompute import Recompute
+from sft_job.model.recompute import Recompute, recomputing
 from sft_job.model.supported import decoder_blocks
 from tests.tiny import model_config
 from tests.traced import TRACED
@@ -262,6 +263,24 @@ def test_a_step_that_breaks_off_leaks_nothing(where) -> None:
     assert not store._back.waiting  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("plan", [offload_plan(LAYERS, 4), offload_plan(LAYERS, 2)])
+@pytest.mark.parametrize("tile_elements", [1, 2**30])
+def test_a_loss_that_is_held_holds_nothing_else(plan, tile_elements) -> None:
+    """Also where MLPs work in pieces: pages and inputs are let go of in the backward, not with the graph."""
+    store = late_store()
+    module = model(plan, store, tile_elements=tile_elements)
+    inputs, _ = alive_inputs(module)
+    loss = module(pack(600), 7)
+    held = store.pages.held
+    assert store.pages.in_use == held > 0
+    loss.backward()
+    assert store.pages.in_use == 0
+    assert all(each.expired() for each in inputs)
+    again = module(pack(600), 7)
+    assert store.pages.held == held, "the second micro-batch takes the pages of the first"
+    del loss, again
+
+
 def test_a_loss_that_nobody_derives_gives_its_pages_back() -> None:
     store = late_store()
     module = model(offload_plan(LAYERS, 4), store)
@@ -317,6 +336,30 @@ def test_pages_are_locked_once_and_given_back() -> None:
     assert not cuda.locked
 
 
+class Mapped(Cudart):
+    """Memory that is unlocked must still be there."""
+
+    def cudaHostUnregister(self, start: int, /) -> int:
+        spans = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines()]
+        assert any(int(begin, 16) <= start < int(end, 16) for begin, end in spans)
+        return super().cudaHostUnregister(start)
+
+
+@pytest.mark.parametrize("in_use", [0, 3])
+def test_a_store_that_nobody_cleared_unlocks_its_pages(in_use) -> None:
+    """Else memory at the same addresses could not be locked any more (CUDA error 712)."""
+    cuda = Mapped()
+    pages = HostPages(cuda, 4096)
+    taken = pages.take(3)
+    pages.give_back(taken[in_use:])
+    assert len(cuda.locked) == 3
+    pages.clear()
+    assert len(cuda.locked) == in_use
+    del taken, pages
+    gc.collect()
+    assert not cuda.locked
+
+
 @pytest.mark.parametrize(("pages", "why"), [
     (HostPages(Cudart(room=1), 4096), "CUDA error 2"), (HostPages(None, 2**62), "allocate"),
 ])  # fmt: skip
@@ -324,6 +367,56 @@ def test_the_host_gives_no_more(pages, why) -> None:
     with pytest.raises(JobError, match=rf"recompute=offload.*no more: .*{why}") as caught:
         pages.take(2)
     assert caught.value.code is ExitCode.OUT_OF_MEMORY
+
+
+def test_room_is_made_in_advance_as_far_as_the_host_gives_it() -> None:
+    """Nothing breaks off: how many inputs have room is known before a step."""
+    cuda = Cudart(room=7)
+    store = InputStore(CPU, HostPages(cuda, 4096), Late(), Late())
+    assert store.reserve(4, 2 * 4096) == 3
+    assert len(cuda.locked) == 7
+    store.keep(2, 2 * 4096)
+    assert len(cuda.locked) * 4096 == store.pages.held == 4 * 4096
+    assert store.reserve(2, 2 * 4096) == 2
+    store.keep(0, 2 * 4096)
+    assert not cuda.locked
+
+
+def test_reserved_room_serves_the_step() -> None:
+    cuda = Cudart()
+    store = InputStore(CPU, HostPages(cuda, 4096), Late(), Late())
+    assert store.reserve(4, 30 * 32 * 8) == 4
+    held = store.pages.held
+    gradients(model(offload_plan(LAYERS, 4), store), pack(30))
+    assert store.pages.held == held
+
+
+def test_what_could_not_go_is_counted() -> None:
+    """An input that comes by name, or not in one piece, stays; the others are known to have gone."""
+    store = late_store()
+    seen: list[torch.Tensor] = []
+
+    def block(_: Any, hidden: torch.Tensor) -> torch.Tensor:
+        seen.append(hidden)
+        return hidden * 2
+
+    around = store.around(recomputing(block, FULL, (), False), moves=True)
+    given = torch.ones(4, 6, requires_grad=True)
+    module: Any = torch.nn.Module()
+    around(module, given).sum().backward()
+    assert (store.sent, store.stayed) == (1, 0)
+    around(module, hidden=given).sum().backward()
+    assert (store.sent, store.stayed) == (1, 1)
+    around(module, given.t()).sum().backward()
+    assert (store.sent, store.stayed) == (1, 2)
+    with torch.no_grad():
+        around(module, hidden=given)
+    assert (store.sent, store.stayed) == (1, 2)
+    whole = model(offload_plan(LAYERS, 3), other := late_store())
+    gradients(whole, *BATCHES)
+    assert (other.sent, other.stayed) == (3 * len(BATCHES), 0)
+    whole.blocks.set_plan([FULL] * LAYERS)
+    assert other.sent == 0
 
 
 def test_what_an_input_takes() -> None:
