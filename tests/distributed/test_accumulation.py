@@ -30,7 +30,7 @@ def _run(config: Any, **options: Any) -> Watched:
     """A run with the gradients of each step; between steps, and in bf16 between micro-batches, none wait elsewhere."""
 
     def prepare(job: Any) -> None:
-        assert len(job.longest) == 2, "steps have several micro-batches"
+        assert len(job.capacity.longest) == 2, "steps have several micro-batches"
         narrow = [p for p in job.module.parameters() if p.requires_grad and p.dtype == torch.bfloat16]
 
         def between_steps(*_: Any) -> None:

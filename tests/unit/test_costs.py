@@ -98,7 +98,8 @@ def drawn(mixture: tuple[int, int, int, int]) -> tuple[list[int], int]:
 @given(mixtures)
 def test_groups_that_work_at_once_cost_the_same_or_are_full(mixture: tuple[int, int, int, int]) -> None:
     """The bound, at full scale: where the costliest pack of a round holds several rows, no other is cheaper by more
-    than the cheapest of these, unless it is full to within its length. A pack of one row cannot be cheaper at all."""
+    than the cheapest of these, or a thousandth, unless it is full to within its length. A pack of one row cannot be
+    cheaper at all."""
     lengths, groups = drawn(mixture)
     for packs in rounds_of(lengths, groups, COSTS):
         costs = [COSTS.cost(np.array(pack)).sum() for pack in packs]
@@ -107,7 +108,7 @@ def test_groups_that_work_at_once_cost_the_same_or_are_full(mixture: tuple[int, 
             continue
         last = min(costliest)
         for pack, cost in zip(packs, costs, strict=True):
-            close = max(costs) - cost <= COSTS.cost(np.array([last]))[0] * (1 + 1e-9)
+            close = max(costs) - cost <= max(COSTS.cost(np.array([last]))[0] * (1 + 1e-9), 1e-3 * max(costs))
             assert close or sum(pack) + last > COSTS.tokens  # type: ignore[operator]
 
 
