@@ -76,6 +76,9 @@ def test_the_metrics(done) -> None:
         "perf/mfu",
         "perf/step_seconds",
         "perf/data_wait_seconds",
+        "perf/compilations",
+        "data/padding_fraction",
+        "data/cost_imbalance",
         "memory/peak_gib",
     }
     assert [line["step"] for line in metrics(job) if "val/loss" in line] == [4]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickletools
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,8 @@ def login(tmp_path: Path):
             capture_output=True,
             text=True,
             check=False,
+            # What is started in a background without job control inherits an ignored Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     return run
