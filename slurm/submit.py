@@ -32,6 +32,8 @@ from slurm.task import job_variables, run_node
 
 _POLL_SECONDS = 1.0
 _GONE_SECONDS = 20.0
+_LAST_WORD_SECONDS = 10.0
+"""Between the last node's end and the last line of the log."""
 Show = Callable[[str], None]
 
 
@@ -176,9 +178,10 @@ def wait_for_preflight(plan: Plan, job_id: str, nodes: int, show: Show) -> int:
     """
     ends, log, shown = Ends(Path(plan.folder), job_id, 0), log_path(plan, job_id), 0
     gone_at: float | None = None
+    ended_at: float | None = None
     while True:
         time.sleep(_POLL_SECONDS)
-        found = ends.all()
+        found, queued = ends.all(), _is_queued(job_id)
         if log.exists():
             text = log.read_bytes()[shown:]
             whole = text[: text.rfind(b"\n") + 1]
@@ -186,8 +189,11 @@ def wait_for_preflight(plan: Plan, job_id: str, nodes: int, show: Show) -> int:
             if whole:
                 show(whole.decode("utf-8", errors="replace").rstrip("\n"))
         if len(found) == nodes:
-            return joint_code(found)
-        if _is_queued(job_id):
+            # Node 0 still has to say what it makes of the ends, and Slurm to carry that into the log.
+            ended_at = ended_at or time.monotonic()
+            if not queued or time.monotonic() - ended_at > _LAST_WORD_SECONDS:
+                return joint_code(found)
+        if queued:
             gone_at = None
         elif gone_at is None:
             gone_at = time.monotonic()

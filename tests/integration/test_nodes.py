@@ -33,7 +33,8 @@ def test_a_start_to_which_a_node_did_not_come_is_not_counted(job) -> None:
     process = job.start("trainer.total_training_steps=1", **alone)
     try:
         deadline = time.monotonic() + 60
-        while not (starts := read_starts(RunFolder(job.run).starts)) or not starts.gathering:
+        run = RunFolder(job.run)
+        while not (starts := read_starts(run.starts)) or not starts.gathering or not run.outcome.exists():
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.1)

@@ -306,18 +306,20 @@ def preflight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     asked = tmp_path / "asked"
     monkeypatch.setattr(room, "_POLL_SECONDS", 0.01)
     monkeypatch.setattr(room, "_GONE_SECONDS", 0.05)
+    monkeypatch.setattr(room, "_LAST_WORD_SECONDS", 0.3)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
 
-    def wait(*answers: str) -> tuple[int, int]:
+    def wait(*answers: str) -> tuple[int, int, list[str]]:
+        shown: list[str] = []
         cases = "".join(f"{at}) {answer};; " for at, answer in enumerate(answers[:-1], 1))
         text = f"echo x >> {asked}; case $(wc -l < {asked}) in {cases}*) {answers[-1]};; esac"
         (tmp_path / "squeue").write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / "squeue").chmod(0o755)
         try:
-            code = room.wait_for_preflight(plan, "77", 1, lambda text: None)
+            code = room.wait_for_preflight(plan, "77", 1, shown.append)
         except JobError as error:
             code = int(error.code)
-        return code, len(asked.read_text().split())
+        return code, len(asked.read_text().split()), shown
 
     return wait
 
@@ -332,9 +334,18 @@ def test_a_preflight_is_waited_for_through_errors_of_squeue(preflight, tmp_path:
     )
 
 
+@pytest.mark.parametrize("after", ["echo 77", "true"])
+def test_the_last_word_of_a_preflight_is_shown_though_its_nodes_have_ended(
+    preflight, tmp_path: Path, after: str
+) -> None:
+    ends = f"mkdir -p {tmp_path}/77_ends/0; touch {tmp_path}/77_ends/0/0_66"
+    code, _, shown = preflight(f"{ends}; echo 77", f"echo 'preflight failed' > {tmp_path}/77_0_log.out; {after}")
+    assert (code, shown) == (66, ["preflight failed"])
+
+
 @pytest.mark.parametrize("said", ["true", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"])
 def test_a_preflight_that_ended_without_a_word(preflight, said: str) -> None:
-    code, asked = preflight("echo 77", said)
+    code, asked, _ = preflight("echo 77", said)
     assert code == 137
     assert asked > 2
 
