@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
@@ -125,11 +125,13 @@ def test_adapters(frozen_input) -> None:
 
 
 @given(st.integers(1, 5000), st.integers(1, 8))
+@example(3584, 3)
 def test_pieces_cover_the_sequence_and_are_alike(tokens: int, tile: int) -> None:
     pieces = [piece.shape[-2] for piece in _split(torch.empty(1, tokens, 0), 256 * tile)]
     assert sum(pieces) == tokens
     assert max(pieces) <= 256 * tile
-    assert len(pieces) == -(-tokens // (256 * tile))
+    fewest = -(-tokens // (256 * tile))
+    assert len(pieces) == fewest or (len(set(pieces)) == 1 and fewest < len(pieces) < 2 * fewest)
 
 
 def test_which_mlps_are_taken() -> None:
