@@ -70,7 +70,9 @@ class CausalLMLoss(nn.Module):
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """The backbone's last hidden state of this rank's tokens, [1, T/u, E]."""
-        documents = Documents(batch.document_lengths, batch.cu_seqlens, batch.max_seqlen)
+        # Recomputed blocks get all of it as arguments: torch.compile (seen with 2.11) would guard how many there are.
+        lengths = () if self._backend.traced else batch.document_lengths
+        documents = Documents(lengths, batch.cu_seqlens, batch.max_seqlen)
         packed = Packed(documents, self._backend, self._group)
         out = self.lm.base_model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, packed=packed

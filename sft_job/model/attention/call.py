@@ -16,7 +16,7 @@ class Documents:
     """Where the documents of a packed sequence begin and end.
 
     Attributes:
-        lengths: tokens of each document, padding at the end included as one.
+        lengths: tokens of each document, padding at the end included as one; none for a backend that is traced.
         cu_seqlens: int32 [documents + 1] on the computing device: the documents' borders.
         max_seqlen: the longest document.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -157,6 +158,20 @@ def test_two_hundred_packs_of_mixed_lengths_compile_within_the_first_ten(backend
     assert len(set(counts[9:])) == 1, counts
     assert given_up() == ""
     assert bool(counters["graph_break"]) is not backend.traced
+
+
+@pytest.mark.parametrize("traced", [True, False])
+def test_a_traced_backend_is_told_no_number_of_documents(traced) -> None:
+    """Where it is among a graph's inputs, each number of documents may cost a compilation."""
+    seen = []
+
+    def attend(q, k, v, call):
+        seen.append(call.documents.lengths)
+        return TRACED.attend(q, k, v, call)
+
+    batch = pack(3, 4, 5)
+    loss_and_gradients(model(replace(TRACED, attend=attend, traced=traced)), batch)
+    assert set(seen) == {() if traced else batch.document_lengths}
 
 
 def test_a_limit_that_was_hit_is_told() -> None:
