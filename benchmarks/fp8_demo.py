@@ -33,7 +33,9 @@ from sft_job.job import build_job
 from sft_job.runtime import Runtime, StopWish, start_runtime
 
 TOLERANCE = 0.05
-"""Mean relative difference from bf16 over the last steps that counts as the same training."""
+"""Mean relative difference from bf16 over a window of steps that counts as the same training."""
+OF_ROUNDING = 1.25
+"""Also the same: no farther from bf16 than so many times what rounding alone does to bf16 in this window."""
 SEED = 1
 SHOWN_EVERY = 20
 
@@ -47,7 +49,7 @@ class Shape:
         rows: training problems; a step has ``batch`` of them.
         batch: rows of a step.
         steps: of each run.
-        last: steps at the end over which losses are compared.
+        window: steps over which losses are compared, one window after the other.
         lr: after the warm-up.
     """
 
@@ -55,7 +57,7 @@ class Shape:
     rows: int
     batch: int
     steps: int
-    last: int
+    window: int
     lr: float
 
 
@@ -82,7 +84,7 @@ SHAPES: Mapping[str, Shape] = {
         rows=14_400,
         batch=64,
         steps=200,
-        last=50,
+        window=50,
         lr=3e-4,
     ),
     "tiny": Shape(
@@ -98,14 +100,14 @@ SHAPES: Mapping[str, Shape] = {
         rows=64,
         batch=8,
         steps=4,
-        last=2,
+        window=2,
         lr=1e-2,
     ),
 }
-BF16 = "bf16"
+BF16, ROUNDED = "bf16", "bf16, not compiled"
 RUNS: Mapping[str, Mapping[str, Any]] = {
     BF16: {},
-    "bf16, not compiled": {"model.compile": False},
+    ROUNDED: {"model.compile": False},
     "fp8 tensorwise": {"model.fp8": "tensorwise"},
     "fp8 rowwise": {"model.fp8": "rowwise"},
 }
@@ -185,22 +187,47 @@ def train(runtime: Runtime, config: JobConfig, steps: int) -> dict[str, Any]:
     }
 
 
-def compared(losses: Sequence[float], reference: Sequence[float], last: int) -> dict[str, Any]:
-    """Losses beside bf16's over the last steps.
+def compared(
+    losses: Sequence[float], reference: Sequence[float], window: int, rounded: Sequence[float] = ()
+) -> dict[str, Any]:
+    """Losses beside bf16's, window by window.
+
+    Once a training is far down, runs that differ by rounding alone part from step to step; so what counts there is how
+    far these are from each other.
+
+    Args:
+        losses: of a run.
+        reference: bf16's.
+        window: steps of a window.
+        rounded: of a run that differs from bf16 by rounding alone.
 
     Returns:
-        ``mean_relative``: mean of the differences' sizes; ``mean_signed``: of the differences; ``same``: within
-        ``TOLERANCE``, None where one of the two has not come to its end or nothing was learned; ``learned``: bf16's
-        loss at the end over that at the beginning.
+        ``distances``: mean of the relative differences' sizes in each window; ``allowed``: how far each may be;
+        ``mean_loss``: that of the last window over bf16's, less 1; ``same``: within what is allowed, None where one of
+        the runs has not come to its end or nothing was learned; ``learned``: bf16's loss at the end over that at the
+        beginning.
     """
-    pairs = list(zip(losses, reference, strict=False))[-last:]
-    if not pairs or len(losses) != len(reference):
+    if not losses or len(losses) != len(reference):
         return {"same": None}
-    signed = [(mine - right) / right for mine, right in pairs]
-    mean = statistics.mean(abs(each) for each in signed)
-    learned = statistics.mean(right for _, right in pairs) / reference[0]
-    same = mean <= TOLERANCE if learned < 0.5 else None
-    return {"mean_relative": mean, "mean_signed": statistics.mean(signed), "learned": learned, "same": same}
+    distances = _distances(losses, reference, window)
+    allowed = [TOLERANCE] * len(distances)
+    if len(rounded) == len(reference):
+        allowed = [max(TOLERANCE, OF_ROUNDING * each) for each in _distances(rounded, reference, window)]
+    last = statistics.mean(reference[-window:])
+    learned = last / reference[0]
+    same = all(mine <= most for mine, most in zip(distances, allowed, strict=True)) if learned < 0.5 else None
+    return {
+        "distances": distances,
+        "allowed": allowed,
+        "mean_loss": statistics.mean(losses[-window:]) / last - 1,
+        "learned": learned,
+        "same": same,
+    }
+
+
+def _distances(losses: Sequence[float], reference: Sequence[float], window: int) -> list[float]:
+    apart = [abs(mine - right) / right for mine, right in zip(losses, reference, strict=True)]
+    return [statistics.mean(apart[start : start + window]) for start in range(0, len(apart), window)]
 
 
 def markdown(record: Mapping[str, Any]) -> str:
@@ -208,10 +235,10 @@ def markdown(record: Mapping[str, Any]) -> str:
     here, runs = record["machine"], record["runs"]
     lines = [
         f"{here['gpu'] or 'CPU'}, torch {here['versions'].get('torch')}, torchao {here['versions'].get('torchao')}, "
-        f"{record['started']}, commit {here['commit']}; mean relative difference from bf16 over the last "
-        f"{record['last']} steps, at most {TOLERANCE:.0%} wanted",
+        f"{record['started']}, commit {here['commit']}; mean relative difference from bf16 by windows of "
+        f"{record['window']} steps; wanted: at most {TOLERANCE:.0%}, or {OF_ROUNDING} times what rounding alone does",
         "",
-        "| run | steps | mean relative difference | signed | same training | s/step | seconds in all |",
+        "| run | steps | differences, window by window | mean loss of the last one | same | s/step | s in all |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, run in runs.items():
@@ -220,9 +247,11 @@ def markdown(record: Mapping[str, Any]) -> str:
             continue
         found = record["compared"].get(name)
         shown = "| - | - | reference"
-        if found and "mean_relative" in found:
+        if found and "distances" in found:
             verdict = {True: "yes", False: "NO", None: "nothing proved: bf16 has not learned"}[found["same"]]
-            shown = f"| {found['mean_relative']:.2%} | {found['mean_signed']:+.2%} | {verdict}"
+            verdict = "what rounding does" if name == ROUNDED else verdict
+            distances = ", ".join(f"{each:.1%}" for each in found["distances"])
+            shown = f"| {distances} | {found['mean_loss']:+.2%} | {verdict}"
         lines.append(f"| {name} | {len(run['losses'])} {shown} | {run['step_seconds']:.4f} | {run['seconds']:.0f} |")
     done = {name: run["losses"] for name, run in runs.items() if run["state"] == "done"}
     steps = len(next(iter(done.values()), []))
@@ -256,7 +285,7 @@ def main(words: Sequence[str] | None = None) -> int:
         "machine": machine(arguments.device == "cuda"),
         "model": dict(shape.model),
         "tolerance": TOLERANCE,
-        "last": shape.last,
+        "window": shape.window,
         "runs": runs,
         "compared": {},
     }
@@ -275,9 +304,9 @@ def main(words: Sequence[str] | None = None) -> int:
                 runs[name] = {"state": "not begun: no time left", "losses": []}
                 continue
             runs[name] = train(runtime, config, shape.steps)
-            reference = runs[BF16]["losses"]
             if name != BF16:
-                record["compared"][name] = compared(runs[name]["losses"], reference, shape.last)
+                reference, rounded = runs[BF16]["losses"], runs[ROUNDED]["losses"]
+                record["compared"][name] = compared(runs[name]["losses"], reference, shape.window, rounded)
             say(f"{name}: {runs[name]['state']}, {time.monotonic() - began:.0f} s")
             (out / "fp8_demo.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     table = markdown(record)

@@ -77,9 +77,8 @@ def _pieces(mlp: nn.Module, forward: MlpForward, hidden: Tensor, tokens: int) ->
     trained = [parameter for parameter in mlp.parameters() if parameter.requires_grad]
     if not torch.is_grad_enabled() or not (hidden.requires_grad or trained):
         return _forward(mlp, forward, hidden, tokens)
-    anchor = torch.empty(0, requires_grad=True)
-    kept = _Keep.apply(anchor, hidden).grad_fn
-    return _Pieces.apply(hidden, kept, mlp, forward, tokens, *trained)
+    kept = _Keep.apply(hidden, mlp, forward, tokens, *trained)
+    return _Pieces.apply(kept, mlp, forward, tokens)
 
 
 # Between two compiled graphs; the pieces' forward may be compiled itself.
@@ -111,35 +110,22 @@ def _forward(mlp: nn.Module, forward: MlpForward, hidden: Tensor, tokens: int) -
 
 
 class _Keep(torch.autograd.Function):
-    """Keeps a tensor for another function's backward. Before that function's forward: recomputation stops here."""
+    """Keeps the input and does the backward of ``_Pieces``, piece by piece with a forward of its own.
+
+    A function of its own before the forward, so that a recomputation stops here, where the last tensor is kept.
+    """
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, hidden: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, mlp: nn.Module, forward: MlpForward, tokens: int, *trained: Tensor) -> Tensor:
         ctx.save_for_backward(hidden)
-        return torch.empty(0)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:  # pragma: no cover  nothing is computed from its output
-        return None, None
-
-
-class _Pieces(torch.autograd.Function):
-    """Forward piece by piece without keeping anything; backward piece by piece with a forward of its own."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, kept: Any, mlp: nn.Module, forward: MlpForward, tokens: int, *trained: Tensor
-    ) -> Tensor:
-        ctx.kept, ctx.mlp, ctx.run, ctx.tokens = kept, mlp, forward, tokens
-        return _forward(mlp, forward, hidden, tokens)
+        ctx.mlp, ctx.run, ctx.tokens = mlp, forward, tokens
+        return hidden.view_as(hidden)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # Nobody runs that node, so nothing but letting go of it frees what it saved while the loss is held.
-        kept, ctx.kept = ctx.kept, None
-        hidden = kept.saved_tensors[0]
-        del kept
+        """``grad``: of the MLP's output, which ``_Pieces`` hands on as it is."""
+        (hidden,) = ctx.saved_tensors
         # Looked up again: FSDP may have put other tensors in the place of those of the forward.
         trained = [parameter for parameter in ctx.mlp.parameters() if parameter.requires_grad]
         totals = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in trained]
@@ -150,7 +136,7 @@ class _Pieces(torch.autograd.Function):
                 leaf = piece.detach().requires_grad_(whole is not None)
                 out = ctx.run(ctx.mlp, leaf)
             wanted = [*([leaf] if whole is not None else []), *trained]
-            found = list(torch.autograd.grad(out, wanted, slope))
+            found = list(torch.autograd.grad(out, wanted, slope.to(out.dtype)))
             del out
             if whole is not None:
                 whole.narrow(-2, start, piece.shape[-2]).copy_(found.pop(0))
@@ -158,4 +144,17 @@ class _Pieces(torch.autograd.Function):
                 total.add_(part)
             start += piece.shape[-2]
         grads = (total.to(parameter.dtype) for total, parameter in zip(totals, trained, strict=True))
-        return whole, None, None, None, None, *grads
+        return whole, None, None, None, *grads
+
+
+class _Pieces(torch.autograd.Function):
+    """Forward piece by piece without keeping anything. Input and output are of one shape, as around a residual."""
+
+    @staticmethod
+    def forward(ctx: Any, kept: Tensor, mlp: nn.Module, forward: MlpForward, tokens: int) -> Tensor:
+        return _forward(mlp, forward, kept, tokens)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, None, None, None

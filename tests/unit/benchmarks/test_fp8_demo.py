@@ -14,10 +14,10 @@ ROOT = Path(__file__).parents[3]
 FALLING = [6.0, 4.0, 2.0, 1.0, 1.0, 1.0]
 
 
-def test_the_last_steps_are_compared_and_signs_are_told() -> None:
-    found = compared([9.0, 9.0, 9.0, 1.02, 0.98, 1.03], FALLING, 3)
-    assert found["mean_relative"] == pytest.approx(0.07 / 3)
-    assert found["mean_signed"] == pytest.approx(0.01)
+def test_windows_are_compared_and_the_mean_loss_is_told() -> None:
+    found = compared([6.06, 3.96, 2.0, 1.02, 0.98, 1.03], FALLING, 3)
+    assert found["distances"] == pytest.approx([0.02 / 3, 0.07 / 3])
+    assert found["mean_loss"] == pytest.approx(0.01)
     assert found["same"] is True
 
 
@@ -26,10 +26,21 @@ def test_another_training_is_not_the_same() -> None:
     assert compared([FALLING[0]] * 6, FALLING, 3)["same"] is False
 
 
+def test_rounding_allows_as_much_as_it_does_itself_and_in_its_window_alone() -> None:
+    rounded = [*FALLING[:3], 1.2, 0.8, 1.2]
+    near, far = [*FALLING[:3], 0.78, 1.22, 0.78], [*FALLING[:3], 0.7, 1.3, 0.7]
+    early = [6.0 * 1.2, 4.0 * 0.8, 2.0 * 1.2, 1.0, 1.0, 1.0]
+    assert compared(near, FALLING, 3)["same"] is False
+    assert compared(near, FALLING, 3, rounded)["same"] is True
+    assert compared(far, FALLING, 3, rounded)["same"] is False
+    assert compared(early, FALLING, 3, rounded)["same"] is False
+    assert compared(near, FALLING, 3, rounded[:2])["same"] is False
+
+
 def test_a_run_that_broke_off_and_a_model_that_learned_nothing_prove_nothing() -> None:
     assert compared(FALLING[:4], FALLING, 3)["same"] is None
     assert compared([], FALLING, 3)["same"] is None
-    assert compared([6.0, 5.9, 5.9], [6.0, 5.9, 5.9], 2)["same"] is None
+    assert compared([6.0, 5.9, 5.9, 5.9], [6.0, 5.9, 5.9, 5.9], 2)["same"] is None
 
 
 def test_sizes_are_what_fp8_takes() -> None:
