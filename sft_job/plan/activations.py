@@ -148,13 +148,24 @@ def rebuilt(shape: Shape, setup: Setup, tokens: int, *, pieces: bool) -> float:
         pieces: its MLP works on pieces of a long sequence, as it does in plans with OFFLOAD.
     """
     if not _cut(shape, tokens, pieces=pieces):
-        return kept(shape, setup, NONE).device * tokens
+        return (kept(shape, setup, NONE).device + _unsummed(shape, setup, pieces=pieces)) * tokens
     around = _uncompiled_around(shape, setup)
     if setup.compiled:
         # Pieces read the MLP's input again, whatever else does.
         around = _compiled_around(shape, setup) + setup.compute * shape.hidden
     inner = setup.compute * shape.intermediate
     return around * tokens + (_IN_A_PIECE * inner + _adapters(setup, in_mlp=True)) * _tile(shape)
+
+
+def _unsummed(shape: Shape, setup: Setup, *, pieces: bool) -> float:
+    """What adapters of an MLP add where recomputation is compiled into the backward (not so in plans with OFFLOAD).
+
+    A kernel that reads gate and up then adds up the base layer's result and the adapter's itself, so both are there,
+    as are both parts of the gradient of down's input. Counted in what torch.compile allocates.
+    """
+    if pieces or not setup.compiled:
+        return 0.0
+    return float(setup.compute * shape.intermediate * sum(_in_mlp(linear) for linear in setup.adapters))
 
 
 def _tile(shape: Shape) -> int:

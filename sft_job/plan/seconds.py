@@ -81,7 +81,7 @@ def _traffic(shape: Shape, setup: Setup) -> float:
     """Bytes that a token's element-wise work moves in one forward through a block."""
     heads = shape.queries + shape.keys
     fused = 3.0 * shape.norms * shape.hidden + (6 if shape.qk_norm else 4) * heads + 3 * shape.intermediate
-    adapters = sum(linear.wide_in + 3 * linear.wide_out for linear in setup.adapters)
+    adapters = sum(linear.wide_in + 2 * linear.wide_out for linear in setup.adapters)
     return setup.compute * (fused * (1.0 if setup.compiled else _EAGER_TRAFFIC) + adapters)
 
 
