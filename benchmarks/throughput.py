@@ -247,7 +247,8 @@ def machine(on_gpu: bool) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "kernel": platform.release(),
         "versions": versions(),
-        "commit": git.stdout.strip() or os.environ.get("SFT_JOB_COMMIT", "unknown"),
+        # What is told goes first: a lent machine's copy of the repository may stand at another commit than its files.
+        "commit": os.environ.get("SFT_JOB_COMMIT") or git.stdout.strip() or "unknown",
     }
 
 

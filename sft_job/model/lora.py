@@ -39,7 +39,8 @@ class NarrowScaled(lora.Linear):
         result = self.base_layer(x, *args)
         dtype = result.dtype
         for name in self.active_adapters:
-            narrow, widen = self.lora_A[name], self.lora_B[name]
+            narrow: Any = self.lora_A[name]
+            widen = self.lora_B[name]
             read = self.lora_dropout[name](self._cast_input_dtype(x, narrow.weight.dtype))
             result = result + widen(narrow(read) * self.scaling[name])
         return result.to(dtype)

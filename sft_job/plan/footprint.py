@@ -168,7 +168,7 @@ def _moments_of_step(shape: Shape, setup: Setup, micro: Micro, levels: Sequence[
             gradients = states.sums + states.block_grads
         moment = {
             **common,
-            "activations": before[block] + (sizes[block] if levels[block] == NONE else there) + in_flight,
+            "activations": before[block] + max(sizes[block], there) + in_flight,
             "gradients": gradients + head,
             "buffers of the backward": backward + reducing + setup.compute * shape.hidden * micro.tokens,
         }
