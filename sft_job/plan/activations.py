@@ -204,7 +204,7 @@ def in_backward(shape: Shape, setup: Setup, tokens: int, *, pieces: bool) -> flo
     if setup.fp8 != "none":
         mlp += shape.intermediate + shape.hidden  # casts
     if _cut(shape, tokens, pieces=pieces):
-        # The MLP's own are counted with the piece, but for the sums over pieces; attention's come when the piece is gone.
+        # The MLP's own are counted with the piece, but for the sums over pieces; attention's come when it is gone.
         piece = _IN_A_PIECE * size * shape.intermediate * _tile(shape)
         return max(0.0, attention * tokens - piece) + stream * tokens + _summed(shape, setup)
     return (max(mlp, attention) + stream) * tokens
